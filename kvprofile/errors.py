@@ -1,0 +1,22 @@
+"""The errors a user can cause, each with the exit code the command line ends with.
+
+A message is one line: what went wrong, what was got, what was expected, what to do next.
+"""
+
+
+class KVProfileError(Exception):
+    """Something the user can mend; the command line prints the message and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(KVProfileError):
+    """A flag or an argument that cannot be used (exit code 2, like click's own)."""
+
+    exit_code = 2
+
+
+class MismatchError(KVProfileError):
+    """The profile does not fit the model, or the budget cannot be met (exit code 3)."""
+
+    exit_code = 3

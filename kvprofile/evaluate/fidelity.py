@@ -1,0 +1,73 @@
+"""How much a merged cache changes the next-token distribution.
+
+The cache is filled with a context, compressed, and only then read: by passages of the context repeated (*recall*, which
+needs the old tokens) and by the text that follows (*continuation*, which mostly does not).
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+PASSAGES = 4
+PASSAGE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A context `(tokens,)` and what is read after it: `recall` and `continuation`, each `(tokens,)`."""
+
+    context: Tensor
+    recall: Tensor
+    continuation: Tensor
+
+
+@dataclass(frozen=True)
+class Distance:
+    """KL(full || merged) in nats per token, and how often the most likely token is the same."""
+
+    kl: float
+    top1: float
+
+
+def make_probe(context: Tensor, continuation: Tensor, seed: int) -> Probe:
+    """Draw one passage from each quarter of the context, early to late, at places drawn by the seed."""
+    random = np.random.default_rng(seed)
+    quarter = len(context) // PASSAGES
+    length = min(PASSAGE_TOKENS, quarter)
+    starts = [part * quarter + int(random.integers(0, quarter - length + 1)) for part in range(PASSAGES)]
+    recall = torch.cat([context[start : start + length] for start in starts])
+    return Probe(context, recall, continuation)
+
+
+def read_through(
+    model: PreTrainedModel, cache: Cache, probe: Probe, after_context: Callable[[Cache], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fill the cache with the context, then read recall and continuation, each from the filled cache.
+
+    Returns log-probabilities `(tokens, vocabulary)` for recall and continuation: row i predicts the token after i.
+    `after_context` sees the filled cache.
+    """
+    with torch.inference_mode():
+        model(probe.context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+        if after_context is not None:
+            after_context(cache)
+        rows = []
+        for tokens in (probe.recall, probe.continuation):
+            filled = copy.deepcopy(cache)
+            logits = model(tokens[None].to(model.device), past_key_values=filled).logits[0]
+            rows.append(F.log_softmax(logits.float(), dim=-1))
+    return rows[0], rows[1]
+
+
+def distance(reference: Tensor, candidate: Tensor) -> Distance:
+    """Compare two sets of log-probabilities `(tokens, vocabulary)`."""
+    kl = F.kl_div(candidate, reference, log_target=True, reduction="sum") / len(reference)
+    top1 = (reference.argmax(-1) == candidate.argmax(-1)).float().mean()
+    return Distance(max(0.0, float(kl)), float(top1))

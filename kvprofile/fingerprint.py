@@ -1,0 +1,60 @@
+"""What makes two models the same to a profile: the facts of the configuration that shape keys, values and positions."""
+
+import hashlib
+import json
+from typing import Any
+
+# Shape and positions. Names, dtypes, versions and generation settings are left out: they change nothing here.
+_SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "layer_types",
+    "rope_parameters",
+    "max_position_embeddings",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+)
+
+
+def model_facts(config: Any) -> dict[str, Any]:
+    """Read the facts of a transformers configuration, as JSON values.
+
+    `attention` lists the kind of every layer (`full_attention`, `sliding_attention`, ...): only full-attention layers are
+    merged. `config_hash` is the SHA-256 of the facts that shape the cache.
+    """
+    text = config.get_text_config(decoder=True)
+    values = {name: getattr(text, name, None) for name in _SHAPE}
+    encoded = json.dumps(values, sort_keys=True, default=str)
+    heads = text.num_attention_heads
+    return {
+        "architecture": (getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "")])[0],
+        "model_type": text.model_type,
+        "layers": text.num_hidden_layers,
+        "query_heads": heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "attention": list(
+            getattr(text, "layer_types", None)
+            or ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+            * text.num_hidden_layers
+        ),
+        "rope": json.loads(json.dumps(values["rope_parameters"], default=str)),
+        "config_hash": hashlib.sha256(encoded.encode()).hexdigest(),
+    }
+
+
+def difference(profile: dict[str, Any], model: dict[str, Any]) -> str | None:
+    """Say in one clause how the profile's model differs from the model at hand, or None if they are the same."""
+    for fact in ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "attention", "rope"):
+        if profile[fact] != model[fact]:
+            return f"{fact.replace('_', ' ')} is {profile[fact]} in the profile and {model[fact]} in the model"
+    if profile["config_hash"] != model["config_hash"]:
+        return "the configurations differ (config_hash)"
+    return None

@@ -1,0 +1,74 @@
+"""One generation with a merged cache, and what the cache held at its end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from kvprofile.errors import KVProfileError
+from kvprofile.evaluate.check import stock_bytes
+from kvprofile.models import LoadedModel
+from kvprofile.runtime.merger import KVMerger
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated text with the cache's size when it was done.
+
+    tokens: tokens seen, prompt and answer. slots: mean slots per head over the merged layers. nbytes: bytes allocated.
+    full_nbytes: what keys and values of every token would take.
+    """
+
+    text: str
+    tokens: int
+    slots: float
+    nbytes: int
+    full_nbytes: int
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.tokens} tokens seen, {self.slots:.0f} slots a head ({self.slots / self.tokens:.1%}), cache "
+            f"{self.nbytes / 2**20:.1f} MiB of {self.full_nbytes / 2**20:.1f} MiB ({self.nbytes / self.full_nbytes:.1%})"
+        )
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    profile: str | Path | None,
+    max_new_tokens: int,
+    mode: str | None = None,
+    seed: int | None = None,
+) -> Generation:
+    """Continue a prompt; greedy, or sampling if a seed is given. Without a profile the stock cache is used.
+
+    Raises KVProfileError for an empty prompt, MismatchError for a profile of another model.
+    """
+    model = loaded.model
+    inputs = loaded.tokenizer(prompt, return_tensors="pt", verbose=False).to(model.device)
+    length = inputs.input_ids.shape[1]
+    if not length:
+        raise KVProfileError("the prompt is empty; give some text with --prompt or --prompt-file")
+    if seed is not None:
+        torch.manual_seed(seed)
+    merger = None if profile is None else KVMerger.from_profile(profile, mode=mode).attach(model)
+    cache = DynamicCache(config=model.config) if merger is None else merger.cache()
+    try:
+        output = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=seed is not None
+        )
+    finally:
+        if merger is not None:
+            merger.detach()
+    text = loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    seen = cache.get_seq_length()
+    token_bytes = sum(
+        2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in cache.layers
+    )
+    if merger is None:
+        return Generation(text, seen, seen, stock_bytes(cache), seen * token_bytes)
+    lengths = [count for index in merger.settings.layers for row in cache.slots()[index] for count in row]
+    return Generation(text, seen, sum(lengths) / len(lengths), cache.nbytes(), seen * token_bytes)

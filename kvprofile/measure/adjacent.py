@@ -1,0 +1,47 @@
+"""How similar neighbouring keys, and neighbouring values, are: a histogram of cosines per layer and head."""
+
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvprofile.merging.sets import adjacent_cosine
+
+BINS = 1024
+
+
+class AdjacentSimilarity:
+    """Histogram over [-1, 1] of the cosine between neighbouring tokens, for keys and for values.
+
+    With chain sets the number of slots is the number of tokens less the number of links at or above the threshold, so
+    this histogram is the compression ratio at every threshold at once, to a bin's width (1/512). Counts add over samples,
+    processes and machines.
+    """
+
+    def __init__(self, layers: int, kv_heads: int) -> None:
+        self.keys = np.zeros((layers, kv_heads, BINS), dtype=np.int64)
+        self.values = np.zeros((layers, kv_heads, BINS), dtype=np.int64)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Add one sample's layer: `keys` and `values` are `(kv_heads, tokens, dim)`."""
+        self.keys[layer] += _histogram(adjacent_cosine(keys))
+        self.values[layer] += _histogram(adjacent_cosine(values))
+
+    def merge(self, other: Self) -> None:
+        """Add all that `other` has seen."""
+        self.keys += other.keys
+        self.values += other.values
+
+    def finish(self) -> dict[str, NDArray[np.generic]]:
+        """`key_histogram` and `value_histogram`, `(layers, kv_heads, BINS)` counts."""
+        return {"key_histogram": self.keys, "value_histogram": self.values}
+
+
+def _histogram(cosine: Tensor) -> NDArray[np.int64]:
+    """Counts `(kv_heads, BINS)` of `cosine` `(kv_heads, links)`; bin i covers [-1 + i/512, -1 + (i + 1)/512)."""
+    heads = cosine.shape[0]
+    index = ((cosine + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+    index += torch.arange(heads, device=cosine.device)[:, None] * BINS
+    return torch.bincount(index.reshape(-1), minlength=heads * BINS).view(heads, BINS).cpu().numpy()

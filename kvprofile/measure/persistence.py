@@ -1,0 +1,60 @@
+"""Persistence: does the compression ratio belong to the model or to the text?
+
+KVMerger (arXiv 2407.08454, observation 2) reports that a layer's ratio at a given threshold is nearly the same for every
+sample and task, without giving a variance. Here it is: the spread of the same layer's (or head's) ratio between samples and
+between kinds of text, beside the spread between layers (or heads).
+"""
+
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from kvprofile.measure.ratios import THRESHOLDS, CompressionRatios
+from kvprofile.profile import Persistence
+
+LEVELS = (0.75, 0.5, 0.25)
+
+
+def persistence(ratios: CompressionRatios, rule: str) -> list[Persistence]:
+    """One row for each of the thresholds at which the mean ratio is nearest to 0.75, 0.5 and 0.25.
+
+    Levels whose nearest threshold is off by more than 0.1 (protected tokens keep the ratio above) are left out.
+    """
+    index = ratios.rules.index(rule)
+    overall = ratios.overall().mean[:, index]
+    layer_mean = overall[:, -1].mean(axis=0)
+    rows = []
+    for level in LEVELS:
+        at = int(np.abs(layer_mean - level).argmin())
+        if abs(layer_mean[at] - level) <= 0.1:
+            rows.append(_row(ratios, index, at, overall[:, :, at]))
+    return rows
+
+
+def _row(ratios: CompressionRatios, rule: int, at: int, overall: NDArray[np.float64]) -> Persistence:
+    """`overall` is `(layers, kv_heads + 1)`, the last column the layer as a whole."""
+    kinds = sorted(ratios.kinds)
+    means = np.stack([ratios.kinds[kind].mean[:, rule, :, at] for kind in kinds])
+    counts = np.array([ratios.kinds[kind].count[0] for kind in kinds])
+    squares = sum(ratios.kinds[kind].squares[:, rule, :, at] for kind in kinds)
+    within = np.sqrt(squares / max(1, int((counts - 1).sum())))
+    between = means.std(axis=0, ddof=1) if len(kinds) > 1 else None
+    correlations = [float(spearmanr(first[:, -1], second[:, -1]).statistic) for first, second in combinations(means, 2)]
+    return Persistence(
+        threshold=float(THRESHOLDS[at]),
+        ratio=round(float(overall[:, -1].mean()), 6),
+        between_samples=_spread(within[:, -1]),
+        between_kinds=None if between is None else _spread(between[:, -1]),
+        between_layers=round(float(overall[:, -1].std(ddof=1)), 6) if len(overall) > 1 else 0.0,
+        head_between_samples=_spread(within[:, :-1]),
+        head_between_kinds=None if between is None else _spread(between[:, :-1]),
+        between_heads=round(float(overall[:, :-1].std(ddof=1)), 6) if overall[:, :-1].size > 1 else 0.0,
+        rank_correlation=round(min(correlations), 6) if correlations and len(overall) > 2 else None,
+    )
+
+
+def _spread(deviations: NDArray[np.float64]) -> float:
+    """Root mean square of standard deviations."""
+    return round(float(np.sqrt(np.mean(np.square(deviations)))), 6)

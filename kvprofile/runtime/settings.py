@@ -1,0 +1,115 @@
+"""The part of a profile the runtime needs: the policy, and each layer's thresholds and shares."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvprofile.errors import KVProfileError, MismatchError
+from kvprofile.merging.policies import Policy
+
+SCHEMA_VERSION = 1
+MODES = ("threshold", "exact")
+
+
+@dataclass(frozen=True)
+class LayerSetting:
+    """How one layer is merged.
+
+    policies: every policy of the layer with the KV heads that follow it. epsilon `(kv_heads,)`: thresholds, inf where
+    nothing is merged. share `(kv_heads,)`: fraction of the tokens that keep a slot. exact: meet the share to the slot
+    instead of letting slots emerge from epsilon.
+    """
+
+    policies: tuple[tuple[Policy, tuple[int, ...]], ...]
+    epsilon: Tensor
+    share: Tensor
+    exact: bool
+
+    @property
+    def keeps_all(self) -> bool:
+        """True if no head of the layer ever merges."""
+        return bool((self.share >= 1).all()) if self.exact else bool(self.epsilon.isinf().all())
+
+    @property
+    def needs_mass(self) -> bool:
+        """True if a policy of the layer needs the attention mass."""
+        return any(policy.needs_mass for policy, _ in self.policies)
+
+    @property
+    def needs_window(self) -> bool:
+        """True if a policy of the layer needs the attention of the newest queries."""
+        return any(policy.needs_window for policy, _ in self.policies)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a merger applies: the model's facts, and a setting for every merged layer by its index."""
+
+    model_name: str
+    facts: dict[str, Any]
+    layers: dict[int, LayerSetting]
+
+    @classmethod
+    def from_dict(cls, profile: dict[str, Any], mode: str | None = None) -> "Settings":
+        """Read a profile's JSON values. `mode` overrides the plan's own.
+
+        Raises MismatchError where the profile is of another version or incomplete.
+        """
+        version = profile.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise MismatchError(
+                f"the profile has schema version {version}, this runtime reads version {SCHEMA_VERSION}; update kvprofile "
+                "or calibrate anew"
+            )
+        try:
+            plan, facts = profile["plan"], profile["model"]
+            policies = {name: Policy.from_dict(values) for name, values in profile["policies"].items()}
+            exact = _mode(mode or plan["mode"]) == "exact"
+            layers = {entry["layer"]: _layer(entry, policies, exact, facts["kv_heads"]) for entry in plan["layers"]}
+            return cls(facts["name"], facts, layers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MismatchError(
+                f"the profile is damaged: {error!r}; run `kvprofile show` on it, or calibrate anew"
+            ) from error
+
+    @classmethod
+    def from_file(cls, path: str | Path, mode: str | None = None) -> "Settings":
+        """Read a profile file. Raises KVProfileError where it cannot be read, MismatchError where it is no profile."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise KVProfileError(f"cannot read the profile {path}: {error}") from error
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise MismatchError(
+                f"{path} is not a complete JSON file ({error}); copy it again or calibrate anew"
+            ) from error
+        if not isinstance(values, dict):
+            raise MismatchError(f"{path} is not a kvprofile profile")
+        return cls.from_dict(values, mode)
+
+
+def _mode(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    return mode
+
+
+def _layer(entry: dict[str, Any], policies: dict[str, Policy], exact: bool, kv_heads: int) -> LayerSetting:
+    heads = entry["heads"]
+    if len(heads) != kv_heads:
+        raise ValueError(f"layer {entry['layer']} has {len(heads)} heads, expected {kv_heads}")
+    epsilon = [float("inf") if head["epsilon"] is None else float(head["epsilon"]) for head in heads]
+    share = [float(head["share"]) for head in heads]
+    if not all(0 <= value <= 1 for value in share):
+        raise ValueError(f"layer {entry['layer']} has a share outside 0 to 1")
+    followers: dict[str, list[int]] = {}
+    for index, head in enumerate(heads):
+        followers.setdefault(head["policy"], []).append(index)
+    groups = tuple((policies[name], tuple(indices)) for name, indices in followers.items())
+    return LayerSetting(groups, torch.tensor(epsilon), torch.tensor(share, dtype=torch.float64), exact)

@@ -1,0 +1,100 @@
+"""Curves and a budget in, a plan out: the thresholds at which every layer and head meets its share of the slots."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvprofile.errors import MismatchError, UsageError
+
+SHARES = ("uniform", "common")
+GRANULARITIES = ("layer", "head")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the solver found; `(layers, kv_heads)` where not said otherwise.
+
+    share: fraction of the tokens that keep a slot.
+    epsilon: the threshold that gives it; inf where nothing is merged.
+    layer_epsilon `(layers,)`: the one threshold at which the layer as a whole has its share.
+    ratio: the mean share, the budget as predicted.
+    """
+
+    share: NDArray[np.float64]
+    epsilon: NDArray[np.float64]
+    layer_epsilon: NDArray[np.float64]
+    ratio: float
+
+
+def check_budget(budget: float) -> float:
+    """Return the budget, or raise UsageError if it is not a fraction of slots to keep."""
+    if not 0.0 < budget <= 1.0:
+        raise UsageError(
+            f"budget {budget:g} is not a fraction of slots to keep; expected above 0 and at most 1, for example 0.5"
+        )
+    return budget
+
+
+def solve(
+    thresholds: NDArray[np.float64],
+    curves: NDArray[np.float64],
+    budget: float,
+    *,
+    shares: str = "uniform",
+    granularity: str = "head",
+) -> Solution:
+    """Find the thresholds that keep `budget` of all slots.
+
+    `thresholds` is `(n,)`, rising; `curves` `(layers, kv_heads, n)` the measured share of slots at each, protected tokens
+    counted. `shares`: `uniform` gives every head (`granularity` head) or every layer (layer) the budget; `common` takes
+    one threshold for the whole model and lets the shares emerge. Between thresholds the curves are linear, so the mean of
+    the shares equals the budget to rounding.
+
+    Raises UsageError for a budget outside (0, 1], MismatchError with the reachable range where protected tokens alone
+    exceed it.
+    """
+    check_budget(budget)
+    # A greedy partition may need a set more at a lower threshold; the curve to invert must not fall.
+    curves = np.maximum.accumulate(curves, axis=-1)
+    layers, heads, _ = curves.shape
+    whole_layers = curves.mean(axis=1)
+    if shares == "common":
+        groups = curves.mean(axis=(0, 1))[None]
+    elif granularity == "layer":
+        groups = whole_layers
+    else:
+        groups = curves.reshape(layers * heads, -1)
+    floor = float(groups[:, 0].max())
+    if budget < floor:
+        raise MismatchError(
+            f"budget {budget:g} is out of reach: protected tokens and the set rule keep at least {floor:.3f} of the slots "
+            f"somewhere; ask for a budget from {np.ceil(floor * 1000) / 1000:.3f} to 1, or calibrate with a policy that "
+            "protects less"
+        )
+    found = np.array([_threshold(thresholds, group, budget) for group in groups])
+    if shares == "common":
+        epsilon = np.broadcast_to(found, (layers, heads)).copy()
+    elif granularity == "layer":
+        epsilon = np.broadcast_to(found[:, None], (layers, heads)).copy()
+    else:
+        epsilon = found.reshape(layers, heads)
+    flat = curves.reshape(layers * heads, -1)
+    share = np.array(
+        [_ratio(thresholds, curve, eps) for curve, eps in zip(flat, epsilon.ravel(), strict=True)]
+    ).reshape(layers, heads)
+    layer_epsilon = np.array(
+        [_threshold(thresholds, curve, value) for curve, value in zip(whole_layers, share.mean(axis=1), strict=True)]
+    )
+    return Solution(share, epsilon, layer_epsilon, float(share.mean()))
+
+
+def _threshold(thresholds: NDArray[np.float64], curve: NDArray[np.float64], share: float) -> float:
+    """Invert a rising curve; inf where the share is all."""
+    if share >= 1.0:
+        return float("inf")
+    return float(np.interp(share, curve, thresholds))
+
+
+def _ratio(thresholds: NDArray[np.float64], curve: NDArray[np.float64], epsilon: float) -> float:
+    return 1.0 if np.isinf(epsilon) else float(np.interp(epsilon, thresholds, curve))
