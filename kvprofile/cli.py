@@ -16,17 +16,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Kept in step with the modules they name by a test: importing those here would load torch.
 POLICY_NAMES = (
+    "auto",
     "gauss",
-    "gauss-displacement",
+    "attention",
+    "absorb",
+    "average",
     "pivot",
     "pivot-key",
-    "average",
     "kvmerger",
     "kvmerger-printed",
     "h2o",
+    "value-attention",
     "snapkv",
+    "snapkv-128",
     "streaming",
 )
+PLAN_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "shares": (("damage", "uniform", "common"), "By measured damage, the same for all, or one threshold for all."),
+    "objective": (("balanced", "recall", "continuation"), "Which damage counts."),
+    "granularity": (("head", "layer"), "What gets a share of its own."),
+    "mode": (("exact", "threshold"), "Meet shares to the slot, or let slots emerge from thresholds."),
+}
 
 
 class _Group(click.Group):
@@ -77,6 +87,19 @@ def model_options(command: F) -> F:
     return command
 
 
+def plan_options(command: F) -> F:
+    """The flags that say how the budget is spent; unset ones are left to the call."""
+    for name, (choices, text) in PLAN_FLAGS.items():
+        command = click.option(f"--{name}", type=click.Choice(choices), help=text)(command)
+    return command
+
+
+def _plan_choices(options: dict[str, Any]) -> dict[str, str]:
+    """Take the plan's flags that were given out of `options`."""
+    taken = {name: options.pop(name) for name in PLAN_FLAGS}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
 def _load(model: str, options: dict[str, Any], log: Callable[[str], None]) -> Any:
     import transformers
 
@@ -103,21 +126,17 @@ def _silent(_message: str) -> None:
 @click.option("--report", is_flag=True, help="Also draw plots into a folder beside the profile.")
 @click.option("--data", default="builtin", show_default=True, help="Calibration text; see below.")
 @click.option("--column", metavar="NAME", help="Column of a .jsonl, .csv, .parquet or hub data set.")
-@click.option("--samples", type=click.IntRange(1), default=16, show_default=True, help="Calibration samples.")
-@click.option("--held-out", type=click.IntRange(0), default=8, show_default=True, help="Samples for the check.")
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Calibration samples.")
+@click.option("--held-out", type=click.IntRange(0), default=6, show_default=True, help="Samples for the check.")
 @click.option("--tokens", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of each sample.")
 @click.option(
-    "--policy", type=click.Choice(POLICY_NAMES), default="gauss", show_default=True, help="How tokens are merged."
-)
-@click.option(
-    "--shares",
-    type=click.Choice(["uniform", "common"]),
-    default="uniform",
+    "--policy",
+    type=click.Choice(POLICY_NAMES),
+    default="auto",
     show_default=True,
-    help="The same share everywhere, or one common threshold.",
+    help="How tokens give up their slots; auto lets every head choose.",
 )
-@click.option("--granularity", type=click.Choice(["head", "layer"]), default="head", show_default=True)
-@click.option("--mode", type=click.Choice(["threshold", "exact"]), default="threshold", show_default=True)
+@plan_options
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan and the check as JSON on stdout.")
@@ -134,9 +153,6 @@ def calibrate(
     held_out: int,
     tokens: int,
     policy: str,
-    shares: str,
-    granularity: str,
-    mode: str,
     seed: int,
     force: bool,
     as_json: bool,
@@ -168,6 +184,7 @@ def calibrate(
     from kvprofile.samples import load_documents, make_samples
 
     log = _silent if quiet else _log
+    choices = _plan_choices(options)
     documents = load_documents(data, column=column, seed=seed)
     loaded = _load(model, options, log)
     blocks = make_samples(
@@ -178,12 +195,11 @@ def calibrate(
         blocks,
         budget=budget,
         policy=policy,
-        shares=shares,
-        granularity=granularity,
-        mode=mode,
         seed=seed,
         command=shlex.join(["kvprofile", *sys.argv[1:]]),
         track=_track(quiet),
+        warn=lambda message: _log(f"Warning: {message}"),
+        **choices,
     )
     profile, written = save_profile(profile, arrays, output, force=force)
     if report:
@@ -202,24 +218,22 @@ def calibrate(
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--budget", type=float, required=True, callback=_budget, help="Share of KV slots to keep.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The profile to write.")
-@click.option("--shares", type=click.Choice(["uniform", "common"]), help="As in calibrate; default: as it was.")
-@click.option("--granularity", type=click.Choice(["head", "layer"]), help="As in calibrate; default: as it was.")
-@click.option("--mode", type=click.Choice(["threshold", "exact"]), help="As in calibrate; default: as it was.")
+@click.option("--policy", help="auto, or a policy the profile holds.")
+@plan_options
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
 def plan(
     profile: Path,
     budget: float,
     output: Path,
-    shares: str | None,
-    granularity: str | None,
-    mode: str | None,
+    policy: str | None,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Solve a PROFILE for another budget. Needs neither the model nor a GPU.
 
-    The check is left out of the new profile: it was measured for the old plan.
+    What is not given stays as it was. The check is left out of the new profile: it was measured for the old plan.
 
     \b
     Example:
@@ -227,10 +241,12 @@ def plan(
     """
     from kvprofile import terminal
     from kvprofile.plans import replan
-    from kvprofile.profile import carry_arrays, load_profile
+    from kvprofile.profile import carry_arrays, load_arrays, load_profile
 
     _check_writable(output, force)
-    planned = replan(load_profile(profile), budget, shares=shares, granularity=granularity, mode=mode)
+    loaded = load_profile(profile)
+    damage = load_arrays(loaded, profile)["damage_mean"] if loaded.statistics.damage else None
+    planned = replan(loaded, damage, budget, policy=policy, **_plan_choices(options))
     carry_arrays(planned, profile, output)
     planned.save(output, force=force)
     if as_json:
@@ -310,7 +326,7 @@ def validate(profile: Path, model: str, revision: str | None) -> None:
 @click.option("--prompt", help="The prompt.")
 @click.option("--prompt-file", type=click.File(encoding="utf-8"), help="Read the prompt from a file, - for stdin.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--mode", type=click.Choice(["threshold", "exact"]), help="Override the plan's mode.")
+@click.option("--mode", type=click.Choice(PLAN_FLAGS["mode"][0]), help="Override the plan's mode.")
 @click.option("--sample", is_flag=True, help="Sample instead of taking the most likely token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for --sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, slots and bytes as JSON on stdout.")

@@ -22,6 +22,9 @@ _SHAPE = (
     "attn_logit_softcapping",
 )
 
+# What is compared, the most telling first.
+FACTS = ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "attention", "rope", "config_hash")
+
 
 def model_facts(config: Any) -> dict[str, Any]:
     """Read the facts of a transformers configuration, as JSON values.
@@ -52,7 +55,7 @@ def model_facts(config: Any) -> dict[str, Any]:
 
 def difference(profile: dict[str, Any], model: dict[str, Any]) -> str | None:
     """Say in one clause how the profile's model differs from the model at hand, or None if they are the same."""
-    for fact in ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "attention", "rope"):
+    for fact in FACTS[:-1]:
         if profile[fact] != model[fact]:
             return f"{fact.replace('_', ' ')} is {profile[fact]} in the profile and {model[fact]} in the model"
     if profile["config_hash"] != model["config_hash"]:

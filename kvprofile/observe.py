@@ -1,6 +1,7 @@
-"""Taps keys, values and queries of a running model, layer by layer, without keeping any of them."""
+"""Taps keys, values and queries of a running model, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,64 +19,107 @@ from kvprofile.errors import KVProfileError
 from kvprofile.runtime.attention import MARK, AttentionCall, install, restore
 from kvprofile.runtime.masks import LogicalLength
 
-Watcher = Callable[[int, AttentionCall], None]
+Watcher = Callable[[int, AttentionCall, Tensor], None]
 
 
 class _WatchedLayer(CacheLayerMixin):
-    """Passes keys and values through, so that they reach our attention function marked, and stores nothing."""
+    """Passes keys and values through, so that they reach our attention function marked."""
 
     slots = None
 
-    def __init__(self, index: int, is_sliding: bool, watch: Watcher) -> None:
+    def __init__(self, index: int, is_sliding: bool, observer: "Observer") -> None:
         super().__init__()
-        self.index, self.is_sliding, self.watch = index, is_sliding, watch
+        self.index, self.is_sliding, self.observer = index, is_sliding, observer
+        self.context: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.context is not None:
+            key_states = torch.cat([self.context[0], key_states], dim=2)
+            value_states = torch.cat([self.context[1], value_states], dim=2)
+        if self.observer.keeps:
+            self.context = key_states, value_states
         setattr(key_states, MARK, self)
         return key_states, value_states
 
-    def attended(self, call: AttentionCall, _tail_mass: Tensor | None) -> None:
-        self.watch(self.index, call)
+    def attended(self, call: AttentionCall, output: Tensor, _tail_mass: Tensor | None) -> None:
+        self.observer.seen = True
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()  # the first layer's: the graph begins here, the weights take no gradient
+        self.observer.watch(self.index, call, output)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return LogicalLength(query_length), 0
+        return LogicalLength(self.get_seq_length() + query_length), 0
 
     def get_seq_length(self) -> int:
-        return 0
+        return 0 if self.context is None else self.context[0].shape[2]
 
     def get_max_length(self) -> int:
         return -1
 
 
-def observe(model: PreTrainedModel, tokens: Tensor, watch: Watcher) -> None:
-    """Run one forward over `tokens` `(batch, tokens)` and call `watch(layer, call)` after every layer's attention.
+class Observer:
+    """A model under observation; made by `observing`.
 
-    The call holds post-RoPE queries and keys as the cache would store them. Nothing is kept once `watch` returns, so the
-    memory is that of a forward without a cache. Raises KVProfileError if the model's attention never came by.
+    Reads tokens and hands every layer's attention to a watcher. Nothing is kept unless asked for, so a plain `read` needs
+    no more memory than a forward without a cache.
     """
-    seen: list[int] = []
 
-    def note(layer: int, call: AttentionCall) -> None:
-        seen.append(layer)
-        watch(layer, call)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.keeps = False
+        self.seen = False
+        self.watch: Watcher = _ignore
+        self.cache = self._cache()
 
-    types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    layers = []
-    for index, (kind, keywords) in enumerate(zip(types, arguments, strict=True)):
-        stock = DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords)
-        plain = isinstance(stock, DynamicLayer)
-        layers.append(_WatchedLayer(index, stock.is_sliding, note) if plain else stock)
+    def _cache(self) -> Cache:
+        types, arguments = get_layer_types_and_kwargs(self.model.config.get_text_config(decoder=True))
+        layers = []
+        for index, (kind, keywords) in enumerate(zip(types, arguments, strict=True)):
+            stock = DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords)
+            plain = isinstance(stock, DynamicLayer)
+            layers.append(_WatchedLayer(index, stock.is_sliding, self) if plain else stock)
+        return Cache(layers=layers)
+
+    def read(self, tokens: Tensor, watch: Watcher, *, keep: bool = False, grad: bool = False) -> Tensor:
+        """Run one forward over `tokens` `(tokens,)`, after those just kept, if any, and call `watch(layer, call, output)`.
+
+        With `keep` the keys and values stay, as the context of the next read; without it they are let go.
+        Returns the logits: of the last token only,
+        or with `grad` of every token, with the graph from the attention outputs to them.
+
+        Raises KVProfileError if the model's attention never came by.
+        """
+        self.keeps, self.watch = keep, watch
+        with torch.enable_grad() if grad else torch.no_grad():
+            logits = self.model(
+                tokens[None].to(self.model.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=0 if grad else 1,
+            ).logits[0]
+        if not keep:
+            # The layers that are not watched keep a state of their own; the next read begins anew.
+            self.cache = self._cache()
+        if not self.seen:
+            raise KVProfileError(
+                f"{type(self.model).__name__} does not use transformers' attention interface, so its keys cannot be "
+                "observed; kvprofile supports models whose attention implementation can be switched"
+            )
+        return logits
+
+
+@contextmanager
+def observing(model: PreTrainedModel) -> Iterator[Observer]:
+    """Put a model under observation; it is as it was afterwards, also after an error."""
     install(model)
     try:
-        with torch.inference_mode():
-            model(tokens.to(model.device), past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
+        yield Observer(model)
     finally:
         restore(model)
-    if not seen:
-        raise KVProfileError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its keys cannot be observed; "
-            "kvprofile supports models whose attention implementation can be switched"
-        )
+
+
+def _ignore(_layer: int, _call: AttentionCall, _output: Tensor) -> None:
+    """Watch nothing."""

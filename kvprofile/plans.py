@@ -3,76 +3,134 @@
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvprofile.errors import UsageError
-from kvprofile.profile import HeadPlan, LayerPlan, ModelFacts, Plan, PolicyFacts, Profile, Statistics
-from kvprofile.solve import GRANULARITIES, SHARES, solve
+from kvprofile.allocate import allocate
+from kvprofile.errors import MismatchError, UsageError
+from kvprofile.profile import HeadPlan, LayerPlan, ModelFacts, Plan, PolicyFacts, Profile, ProtectionFacts, Statistics
+from kvprofile.solve import GRANULARITIES, check_budget, solve, thresholds_of
+
+AUTO = "auto"
+SHARES = ("damage", "uniform", "common")
+MODES = ("exact", "threshold")
+OBJECTIVES = {
+    "balanced": {"recall": 1.0, "continuation": 1.0},
+    "recall": {"recall": 1.0},
+    "continuation": {"continuation": 1.0},
+}
 
 
 def make_plan(
     model: ModelFacts,
     policies: dict[str, PolicyFacts],
     statistics: Statistics,
+    damage: NDArray[np.floating] | None,
     budget: float,
     *,
-    shares: str = "uniform",
+    tokens: int,
+    policy: str = AUTO,
+    shares: str = "damage",
+    objective: str = "balanced",
     granularity: str = "head",
-    mode: str = "threshold",
+    mode: str = "exact",
 ) -> Plan:
     """Solve for a budget from a profile's statistics; the model itself is not needed.
 
-    Raises UsageError for a bad argument, MismatchError with the reachable range where the budget is out of reach.
+    `damage` is the arrays' `damage_mean`, `(layers, policies, kv_heads, budgets, kinds)`, needed for `damage` shares and to
+    choose a policy; `tokens` the length it was measured at.
+
+    Raises UsageError for an argument that cannot be used, MismatchError with the reachable range where the budget is out
+    of reach.
     """
-    for name, value, known in (
-        ("shares", shares, SHARES),
-        ("granularity", granularity, GRANULARITIES),
-        ("mode", mode, ("threshold", "exact")),
-    ):
-        if value not in known:
-            raise UsageError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
-    policy_name = statistics.policy
-    policy = policies[policy_name]
-    if mode == "threshold" and policy.affinity != "cosine":
-        raise UsageError(
-            f"the policy {policy_name} ranks tokens by {policy.affinity}, for which there are no "
-            "thresholds; use exact mode"
-        )
+    check_budget(budget)
+    _known("shares", shares, SHARES)
+    _known("objective", objective, tuple(OBJECTIVES))
+    _known("granularity", granularity, GRANULARITIES)
+    _known("mode", mode, MODES)
+    _known("policy", policy, (AUTO, *policies))
     merged = model.full_attention_layers()
-    curves = np.array([statistics.layers[layer].ratio for layer in merged])
-    solution = solve(np.array(statistics.thresholds), curves, budget, shares=shares, granularity=granularity)
-    layers = []
-    for row, layer in enumerate(merged):
-        heads = [
-            HeadPlan(policy=policy_name, epsilon=_finite(epsilon), share=round(float(share), 6))
-            for epsilon, share in zip(solution.epsilon[row], solution.share[row], strict=True)
-        ]
-        layers.append(
-            LayerPlan(
-                layer=layer,
-                epsilon=_finite(solution.layer_epsilon[row]),
-                share=round(float(solution.share[row].mean()), 6),
-                heads=heads,
-            )
+    if not merged:
+        raise MismatchError(
+            f"{model.name} has no full-attention layer, so there is nothing to merge; use its stock cache"
         )
+    size = (len(merged), model.kv_heads)
+    ratios = np.array([statistics.layers[layer].ratio for layer in merged])
+    thresholds = np.array(statistics.thresholds)
+    cost = None if damage is None or statistics.damage is None else _cost(damage, statistics, objective)
+    bound = None
+    if shares == "damage":
+        if cost is None or statistics.damage is None:
+            raise UsageError(
+                "no damage was measured, so shares cannot follow it; give --shares uniform, or calibrate anew"
+            )
+        names = [name for name in statistics.damage.policies if policy in (AUTO, name)]
+        if not names:
+            raise UsageError(
+                f"damage was measured for {', '.join(statistics.damage.policies)}, not for {policy}; choose one of them or "
+                "--shares uniform"
+            )
+        index = [statistics.damage.policies.index(name) for name in names]
+        curves = cost[:, index].transpose(0, 2, 1, 3)
+        curves = curves.sum(axis=1) if granularity == "layer" else curves.reshape(-1, *curves.shape[2:])
+        floor = np.array([_floor(policies[name].protection, tokens) for name in names])
+        found = allocate(np.array(statistics.damage.budgets), curves, budget, floor=floor)
+        heads = 1 if granularity == "head" else model.kv_heads
+        share = np.repeat(found.share, heads).reshape(size)
+        chosen = np.array(names)[np.repeat(found.policy, heads)].reshape(size)
+        bound = found.bound
+    else:
+        name = policy if policy != AUTO else _best_single(policies, statistics, cost, budget)
+        chosen = np.full(size, name)
+        share = np.full(size, budget)
+        if policies[name].affinity == "cosine":
+            share = solve(thresholds, ratios, budget, shares=shares, granularity=granularity).share
+        elif shares == "common":
+            raise UsageError(f"the policy {name} goes by {policies[name].affinity}, which has no common threshold")
+    cosine = np.vectorize(lambda name: policies[name].affinity == "cosine")(chosen)
+    if mode == "threshold" and not (cosine | (share >= 1)).all():
+        raise UsageError(
+            "threshold mode needs policies that go by cosine in every head; give for example --policy gauss, or use exact mode"
+        )
+    epsilon = np.where(cosine, thresholds_of(thresholds, ratios, share), np.inf)
+    predicted = None if cost is None or statistics.damage is None else _predict(cost, statistics, chosen, share)
     return Plan(
         budget=budget,
+        policy=policy,
         shares=shares,  # type: ignore[arg-type]
+        objective=objective,  # type: ignore[arg-type]
         granularity=granularity,  # type: ignore[arg-type]
         mode=mode,  # type: ignore[arg-type]
-        predicted_ratio=round(solution.ratio, 6),
-        layers=layers,
+        predicted_ratio=round(float(share.mean()), 6),
+        predicted_damage=None if predicted is None else float(f"{predicted.sum():.4g}"),
+        damage_bound=None if bound is None else float(f"{bound:.4g}"),
+        layers=[
+            LayerPlan(
+                layer=layer,
+                epsilon=_finite(thresholds_of(thresholds, ratios[row].mean(axis=0), share[row].mean()).item()),
+                share=round(float(share[row].mean()), 6),
+                heads=[
+                    HeadPlan(
+                        policy=str(chosen[row, head]),
+                        epsilon=_finite(epsilon[row, head]),
+                        share=round(float(share[row, head]), 6),
+                        damage=None if predicted is None else float(f"{predicted[row, head]:.4g}"),
+                    )
+                    for head in range(model.kv_heads)
+                ],
+            )
+            for row, layer in enumerate(merged)
+        ],
     )
-
-
-def _finite(epsilon: float) -> float | None:
-    return None if math.isinf(epsilon) else round(float(epsilon), 6)
 
 
 def replan(
     profile: Profile,
+    damage: NDArray[np.floating] | None,
     budget: float,
     *,
+    policy: str | None = None,
     shares: str | None = None,
+    objective: str | None = None,
     granularity: str | None = None,
     mode: str | None = None,
 ) -> Profile:
@@ -84,9 +142,61 @@ def replan(
         profile.model,
         profile.policies,
         profile.statistics,
+        damage,
         budget,
+        tokens=profile.calibration.measured.tokens,
+        policy=policy or profile.plan.policy,
         shares=shares or profile.plan.shares,
+        objective=objective or profile.plan.objective,
         granularity=granularity or profile.plan.granularity,
         mode=mode or profile.plan.mode,
     )
     return profile.model_copy(update={"plan": plan, "check": None})
+
+
+def _known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+
+
+def _cost(damage: NDArray[np.floating], statistics: Statistics, objective: str) -> NDArray[np.float64]:
+    """The objective's sum over kinds of probe: `(layers, policies, kv_heads, budgets)`."""
+    kinds = statistics.damage.kinds if statistics.damage is not None else []
+    return damage.astype(np.float64) @ np.array([OBJECTIVES[objective].get(kind, 0.0) for kind in kinds])
+
+
+def _predict(
+    cost: NDArray[np.float64], statistics: Statistics, chosen: NDArray[np.str_], share: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """Damage of every head `(layers, kv_heads)` at its share; None where a policy's damage was not measured."""
+    assert statistics.damage is not None  # the caller has curves
+    names = statistics.damage.policies
+    if not set(chosen.ravel()) <= set(names):
+        return None
+    budgets = np.array([*statistics.damage.budgets, 1.0])
+    predicted = np.empty(share.shape)
+    for (row, head), name in np.ndenumerate(chosen):
+        curve = np.append(cost[row, names.index(name), head], 0.0)
+        predicted[row, head] = np.interp(share[row, head], budgets, curve)
+    return predicted
+
+
+def _best_single(
+    policies: dict[str, PolicyFacts], statistics: Statistics, cost: NDArray[np.float64] | None, budget: float
+) -> str:
+    """The policy with the least predicted damage if every head keeps the budget."""
+    if cost is None or statistics.damage is None:
+        return statistics.policy
+    budgets = [*statistics.damage.budgets, 1.0]
+    totals = np.append(cost.sum(axis=(0, 2)), np.zeros((cost.shape[1], 1)), axis=1)
+    return statistics.damage.policies[int(np.argmin([np.interp(budget, budgets, total) for total in totals]))]
+
+
+def _floor(protection: ProtectionFacts, tokens: int) -> float:
+    """The share that protected tokens take of `tokens`."""
+    recent = max(protection.recent, math.ceil(protection.recent_share * tokens))
+    return min(1.0, (protection.first + recent + math.ceil(protection.heavy_share * tokens)) / tokens)
+
+
+def _finite(epsilon: float) -> float | None:
+    return None if math.isinf(epsilon) else round(float(epsilon), 6)

@@ -90,17 +90,17 @@ class ProtectionFacts(_Strict):
 class CombinationFacts(_Strict):
     """How a set becomes a slot."""
 
-    weights: Literal["gaussian", "average", "pivot"]
+    weights: Literal["gaussian", "attention", "average", "pivot"]
     sigma: float | Literal["mean", "rms"]
     keep_pivot_key: bool
     scale_values: bool
-    count_bias: bool
+    bias: Literal["count", "attention", "none"]
 
 
 class PolicyFacts(_Strict):
     """Which tokens are protected, which give up their slots first, and what becomes of them."""
 
-    affinity: Literal["cosine", "displacement", "mass", "window", "age"]
+    affinity: Literal["cosine", "displacement", "mass", "idle", "value-attention", "window", "long-window", "age"]
     rule: Literal["chain", "anchor", "complete", "drop"]
     protection: ProtectionFacts
     combination: CombinationFacts
@@ -128,6 +128,17 @@ class Persistence(_Strict):
     rank_correlation: float | None = Field(description="of the layers' ratios between kinds of text, the lowest pair")
 
 
+class DamageFacts(_Strict):
+    """How damage was measured; the curves lie in the arrays file as `damage_mean` and `damage_std`."""
+
+    policies: list[str]
+    budgets: list[float] = Field(description="shares of slots at which damage was measured; at 1 it is 0")
+    kinds: list[str] = Field(description="kinds of probe tokens")
+    passages: int = Field(description="passages of the context repeated in every probe")
+    passage_tokens: int
+    continuation_tokens: int
+
+
 class Arrays(_Strict):
     """The file with the big arrays: similarity maps, histograms, ratios of every rule."""
 
@@ -143,6 +154,7 @@ class Statistics(_Strict):
     thresholds: list[float]
     layers: list[LayerStatistics]
     persistence: list[Persistence]
+    damage: DamageFacts | None
     arrays: Arrays | None
 
 
@@ -152,6 +164,7 @@ class HeadPlan(_Strict):
     policy: str = Field(description="a name from `policies`")
     epsilon: float | None = Field(description="merge neighbours at least this similar; null: merge nothing")
     share: Share = Field(description="fraction of the tokens that keep a slot")
+    damage: float | None = Field(description="predicted KL, nats per probe token, summed over the objective's kinds")
 
 
 class LayerPlan(_Strict):
@@ -167,19 +180,25 @@ class Plan(_Strict):
     """What the runtime does."""
 
     budget: Annotated[float, Field(gt=0, le=1)]
-    shares: Literal["uniform", "common"]
+    policy: str = Field(description="the policy asked for, or auto: every head its own")
+    shares: Literal["damage", "uniform", "common"]
+    objective: Literal["balanced", "recall", "continuation"]
     granularity: Literal["layer", "head"]
     mode: Literal["threshold", "exact"] = Field(description="slots emerge from epsilon, or meet the share to the slot")
     predicted_ratio: Share
+    predicted_damage: float | None = Field(description="sum of the heads' damage")
+    damage_bound: float | None = Field(description="no allocation of this budget predicts less")
     layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
 
 
 class Fidelity(_Strict):
-    """Next-token distributions with the merged cache against the full cache."""
+    """Next-token distributions with the merged cache against the full cache; intervals are 95% bootstrap over samples."""
 
     recall_kl: float = Field(description="nats per token; passages of the context repeated")
+    recall_kl_interval: tuple[float, float]
     recall_top1: Share = Field(description="how often the most likely token is the same")
     continuation_kl: float = Field(description="nats per token; the text that follows the context")
+    continuation_kl_interval: tuple[float, float]
     continuation_top1: Share
 
 
@@ -201,9 +220,10 @@ class ModeCheck(_Strict):
 class Check(_Strict):
     """Measured on held-out samples, through the runtime."""
 
-    threshold: ModeCheck | None = Field(description="null where the policy has no thresholds")
+    threshold: ModeCheck | None = Field(description="null where a policy of the plan has no thresholds")
     exact: ModeCheck
-    uniform: ModeCheck = Field(description="every head the same share, met exactly")
+    uniform: ModeCheck = Field(description="every head the same share and policy, met exactly")
+    uniform_policy: str
     bytes_ratio: float = Field(
         description="bytes allocated by the merged cache over the full cache's, in the plan's mode"
     )
@@ -287,17 +307,21 @@ def load_profile(path: str | Path) -> Profile:
     except FileNotFoundError:
         raise KVProfileError(f"no profile at {path}; make one with `kvprofile calibrate MODEL -o {path}`") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise KVProfileError(f"cannot read the profile {path}: {error}") from error
+        raise KVProfileError(
+            f"cannot read the profile {path}: {error}; give the .json file that calibrate wrote"
+        ) from error
     try:
         values = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MismatchError(f"{path} is not a complete JSON file ({error}); copy it again or calibrate anew") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version is None:
-        raise MismatchError(f"{path} is not a kvprofile profile: it has no schema_version")
+        raise MismatchError(
+            f"{path} is not a kvprofile profile: it has no schema_version; give the .json file that calibrate wrote"
+        )
     if version != SCHEMA_VERSION:
         raise MismatchError(
-            f"{path} has schema version {version}, this kvprofile reads version {SCHEMA_VERSION}; update kvprofile or "
+            f"{path} has schema version {version!r}, this kvprofile reads version {SCHEMA_VERSION}; update kvprofile or "
             "calibrate anew"
         )
     try:
@@ -319,14 +343,18 @@ def save_profile(
     The arrays go first: a JSON file never names a file that is not there. Raises KVProfileError if a file exists and
     `force` is off, or cannot be written.
     """
+    import numpy as np
     from safetensors.numpy import save
 
     path = Path(path)
     beside = path.with_suffix(".safetensors")
+    if beside == path:
+        raise KVProfileError(f"{path} is the name the arrays would get; give the profile a name that ends in .json")
     for file in (path, beside):
         if file.exists() and not force:
             raise KVProfileError(f"{file} exists; give --force to replace it, or another -o")
-    atomic_write(beside, save(arrays))
+    # safetensors writes a strided array's memory as it lies, not the array.
+    atomic_write(beside, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
     facts = Arrays(file=beside.name, sha256=sha256_of(beside))
     profile = profile.model_copy(update={"statistics": profile.statistics.model_copy(update={"arrays": facts})})
     return profile, [profile.save(path, force=force), beside]

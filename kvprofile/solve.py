@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from kvprofile.errors import MismatchError, UsageError
 
-SHARES = ("uniform", "common")
 GRANULARITIES = ("layer", "head")
 
 
@@ -15,16 +14,11 @@ GRANULARITIES = ("layer", "head")
 class Solution:
     """What the solver found; `(layers, kv_heads)` where not said otherwise.
 
-    share: fraction of the tokens that keep a slot.
-    epsilon: the threshold that gives it; inf where nothing is merged.
-    layer_epsilon `(layers,)`: the one threshold at which the layer as a whole has its share.
-    ratio: the mean share, the budget as predicted.
+    share: fraction of the tokens that keep a slot. epsilon: the threshold that gives it; inf where nothing is merged.
     """
 
     share: NDArray[np.float64]
     epsilon: NDArray[np.float64]
-    layer_epsilon: NDArray[np.float64]
-    ratio: float
 
 
 def check_budget(budget: float) -> float:
@@ -58,21 +52,20 @@ def solve(
     # A greedy partition may need a set more at a lower threshold; the curve to invert must not fall.
     curves = np.maximum.accumulate(curves, axis=-1)
     layers, heads, _ = curves.shape
-    whole_layers = curves.mean(axis=1)
     if shares == "common":
         groups = curves.mean(axis=(0, 1))[None]
     elif granularity == "layer":
-        groups = whole_layers
+        groups = curves.mean(axis=1)
     else:
         groups = curves.reshape(layers * heads, -1)
     floor = float(groups[:, 0].max())
-    if budget < floor:
+    if budget < floor - 1e-9:
         raise MismatchError(
             f"budget {budget:g} is out of reach: protected tokens and the set rule keep at least {floor:.3f} of the slots "
             f"somewhere; ask for a budget from {np.ceil(floor * 1000) / 1000:.3f} to 1, or calibrate with a policy that "
             "protects less"
         )
-    found = np.array([_threshold(thresholds, group, budget) for group in groups])
+    found = thresholds_of(thresholds, groups, np.full(len(groups), budget))
     if shares == "common":
         epsilon = np.broadcast_to(found, (layers, heads)).copy()
     elif granularity == "layer":
@@ -80,20 +73,21 @@ def solve(
     else:
         epsilon = found.reshape(layers, heads)
     flat = curves.reshape(layers * heads, -1)
-    share = np.array(
-        [_ratio(thresholds, curve, eps) for curve, eps in zip(flat, epsilon.ravel(), strict=True)]
-    ).reshape(layers, heads)
-    layer_epsilon = np.array(
-        [_threshold(thresholds, curve, value) for curve, value in zip(whole_layers, share.mean(axis=1), strict=True)]
-    )
-    return Solution(share, epsilon, layer_epsilon, float(share.mean()))
+    share = np.array([_ratio(thresholds, curve, eps) for curve, eps in zip(flat, epsilon.ravel(), strict=True)])
+    return Solution(share.reshape(layers, heads), epsilon)
 
 
-def _threshold(thresholds: NDArray[np.float64], curve: NDArray[np.float64], share: float) -> float:
-    """Invert a rising curve; inf where the share is all."""
-    if share >= 1.0:
-        return float("inf")
-    return float(np.interp(share, curve, thresholds))
+def thresholds_of(
+    thresholds: NDArray[np.float64], curves: NDArray[np.float64], shares: NDArray[np.float64] | float
+) -> NDArray[np.float64]:
+    """Invert curves: the threshold `(...)` at which each of `curves` `(..., n)` has its share; inf where that is all."""
+    shares = np.asarray(shares)
+    flat = np.maximum.accumulate(curves, axis=-1).reshape(-1, curves.shape[-1])
+    found = [
+        np.inf if share >= 1 else float(np.interp(share, curve, thresholds))
+        for share, curve in zip(shares.ravel(), flat, strict=True)
+    ]
+    return np.array(found).reshape(shares.shape)
 
 
 def _ratio(thresholds: NDArray[np.float64], curve: NDArray[np.float64], epsilon: float) -> float:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from kvprofile.merging.sets import adjacent_cosine
 
-BINS = 1024
+BINS = 512
 
 
 class AdjacentSimilarity:
     """Histogram over [-1, 1] of the cosine between neighbouring tokens, for keys and for values.
 
     With chain sets the number of slots is the number of tokens less the number of links at or above the threshold, so
-    this histogram is the compression ratio at every threshold at once, to a bin's width (1/512). Counts add over samples,
+    this histogram is the compression ratio at every threshold at once, to a bin's width (1/256). Counts add over samples,
     processes and machines.
     """
 
@@ -36,11 +36,11 @@ class AdjacentSimilarity:
 
     def finish(self) -> dict[str, NDArray[np.generic]]:
         """`key_histogram` and `value_histogram`, `(layers, kv_heads, BINS)` counts."""
-        return {"key_histogram": self.keys, "value_histogram": self.values}
+        return {"key_histogram": self.keys.astype(np.int32), "value_histogram": self.values.astype(np.int32)}
 
 
 def _histogram(cosine: Tensor) -> NDArray[np.int64]:
-    """Counts `(kv_heads, BINS)` of `cosine` `(kv_heads, links)`; bin i covers [-1 + i/512, -1 + (i + 1)/512)."""
+    """Counts `(kv_heads, BINS)` of `cosine` `(kv_heads, links)`; bin i covers [-1 + i/256, -1 + (i + 1)/256)."""
     heads = cosine.shape[0]
     index = ((cosine + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
     index += torch.arange(heads, device=cosine.device)[:, None] * BINS

@@ -37,5 +37,13 @@ class SimilarityByDistance:
         self.pairs += other.pairs
 
     def finish(self) -> dict[str, NDArray[np.generic]]:
-        """`similarity_by_distance`, `(layers, kv_heads, tokens - 1)`: entry d - 1 is the mean cosine at distance d."""
-        return {"similarity_by_distance": (self.sums / np.maximum(self.pairs, 1)[:, None, :]).astype(np.float32)}
+        """`distances` `(n,)` in tokens and `similarity_by_distance` `(layers, kv_heads, n)`, the mean cosine at each.
+
+        All distances up to 64, then about 32 to every doubling.
+        """
+        longest = self.sums.shape[-1]
+        spread = np.geomspace(64, max(64, longest), 1 + round(32 * np.log2(max(64, longest) / 64)))
+        distances = np.unique(np.concatenate([np.arange(1, 65), np.round(spread)]).astype(np.int32))
+        distances = distances[distances <= longest]
+        mean = self.sums / np.maximum(self.pairs, 1)[:, None, :]
+        return {"distances": distances, "similarity_by_distance": mean[..., distances - 1].astype(np.float32)}

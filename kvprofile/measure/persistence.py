@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from kvprofile.measure.moments import Moments
 from kvprofile.measure.ratios import THRESHOLDS, CompressionRatios
 from kvprofile.profile import Persistence
 
@@ -23,25 +24,29 @@ def persistence(ratios: CompressionRatios, rule: str) -> list[Persistence]:
     Levels whose nearest threshold is off by more than 0.1 (protected tokens keep the ratio above) are left out.
     """
     index = ratios.rules.index(rule)
-    overall = ratios.overall().mean[:, index]
+    moments = ratios.overall()
+    seen = moments.count > 0  # hybrid models have layers without keys
+    if not seen.any():
+        return []
+    overall = moments.mean[seen, index]
     layer_mean = overall[:, -1].mean(axis=0)
     rows = []
     for level in LEVELS:
         at = int(np.abs(layer_mean - level).argmin())
         if abs(layer_mean[at] - level) <= 0.1:
-            rows.append(_row(ratios, index, at, overall[:, :, at]))
+            rows.append(_row([ratios.kinds[kind] for kind in sorted(ratios.kinds)], seen, index, at, overall[:, :, at]))
     return rows
 
 
-def _row(ratios: CompressionRatios, rule: int, at: int, overall: NDArray[np.float64]) -> Persistence:
+def _row(
+    kinds: list[Moments], seen: NDArray[np.bool_], rule: int, at: int, overall: NDArray[np.float64]
+) -> Persistence:
     """`overall` is `(layers, kv_heads + 1)`, the last column the layer as a whole."""
-    kinds = sorted(ratios.kinds)
-    means = np.stack([ratios.kinds[kind].mean[:, rule, :, at] for kind in kinds])
-    counts = np.array([ratios.kinds[kind].count[0] for kind in kinds])
-    squares = sum(ratios.kinds[kind].squares[:, rule, :, at] for kind in kinds)
-    within = np.sqrt(squares / max(1, int((counts - 1).sum())))
+    means = np.stack([kind.mean[seen, rule, :, at] for kind in kinds])
+    degrees = sum(int(kind.count.max()) - 1 for kind in kinds)
+    within = np.sqrt(sum(kind.squares[seen, rule, :, at] for kind in kinds) / max(1, degrees))
     between = means.std(axis=0, ddof=1) if len(kinds) > 1 else None
-    correlations = [float(spearmanr(first[:, -1], second[:, -1]).statistic) for first, second in combinations(means, 2)]
+    lowest = _lowest_rank_correlation(means[:, :, -1])
     return Persistence(
         threshold=float(THRESHOLDS[at]),
         ratio=round(float(overall[:, -1].mean()), 6),
@@ -51,8 +56,15 @@ def _row(ratios: CompressionRatios, rule: int, at: int, overall: NDArray[np.floa
         head_between_samples=_spread(within[:, :-1]),
         head_between_kinds=None if between is None else _spread(between[:, :-1]),
         between_heads=round(float(overall[:, :-1].std(ddof=1)), 6) if overall[:, :-1].size > 1 else 0.0,
-        rank_correlation=round(min(correlations), 6) if correlations and len(overall) > 2 else None,
+        rank_correlation=None if lowest is None else round(lowest, 6),
     )
+
+
+def _lowest_rank_correlation(means: NDArray[np.float64]) -> float | None:
+    """Over pairs of kinds, of the layers' ratios `(kinds, layers)`; None where layers cannot be ranked."""
+    if len(means) < 2 or means.shape[1] < 3 or (np.ptp(means, axis=1) == 0).any():
+        return None
+    return min(float(spearmanr(first, second).statistic) for first, second in combinations(means, 2))
 
 
 def _spread(deviations: NDArray[np.float64]) -> float:

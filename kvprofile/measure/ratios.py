@@ -77,7 +77,7 @@ def count_sets(keys: Tensor, protected: Tensor, rule: str) -> NDArray[np.int64]:
     oldest = oldest_members(rule, reach.transpose(1, 2))
     # sets(t), the sets among tokens 0..t when t closes one, is 1 + sets(oldest(t) - 1). Filled from the oldest token on,
     # all heads and thresholds at a time: cheaper than following every threshold's chain from the end.
-    following = oldest.permute(2, 0, 1).reshape(tokens, -1).cpu().numpy()
+    following = oldest.permute(2, 0, 1).flatten(1).cpu().numpy()
     sets = np.zeros((tokens + 1, following.shape[1]), dtype=np.int64)
     column = np.arange(following.shape[1])
     for token, row in enumerate(following):

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvprofile.measure.adjacent import AdjacentSimilarity
+from kvprofile.measure.damage import DamageCurves
 from kvprofile.measure.distance import SimilarityByDistance
 from kvprofile.measure.maps import SimilarityMap
 from kvprofile.measure.ratios import CompressionRatios
@@ -21,11 +22,22 @@ from kvprofile.runtime.attention import AttentionCall
 class Statistics:
     """Key similarity in every form, and the compression ratios under a policy's protected tokens.
 
-    With `rules` empty only the similarity measures are taken, which cost next to nothing.
+    With `rules` empty only the similarity measures are taken, which cost next to nothing. `damage` holds the damage curves
+    of the full-attention layers, where they are measured.
     """
 
-    def __init__(self, layers: int, kv_heads: int, tokens: int, policy: Policy, rules: tuple[str, ...] = RULES) -> None:
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        tokens: int,
+        policy: Policy,
+        *,
+        rules: tuple[str, ...] = RULES,
+        damage: DamageCurves | None = None,
+    ) -> None:
         self.policy = policy
+        self.damage = damage
         self.adjacent = AdjacentSimilarity(layers, kv_heads)
         self.distance = SimilarityByDistance(layers, kv_heads, tokens)
         self.map = SimilarityMap(layers, kv_heads)
@@ -45,8 +57,7 @@ class Statistics:
         mass: torch.Tensor | None = None
         if heavy:
             mass = attention_mass(call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap)
-            mass = mass[..., : tokens - recent]
-        aged = Tokens(call.key[:, :, : tokens - recent], call.value[:, :, : tokens - recent], mass, None, 0)
+        aged = Tokens(call.key, call.value, mass, {}, 0, tokens).oldest(tokens - recent)
         protected = protected_tokens(protection, aged, heavy)[0]
         self.ratios.update(layer, kind, aged.keys[0], protected, apart=recent)
 
@@ -56,6 +67,8 @@ class Statistics:
         self.distance.merge(other.distance)
         self.map.merge(other.map)
         self.ratios.merge(other.ratios)
+        if self.damage is not None and other.damage is not None:
+            self.damage.merge(other.damage)
 
     def finish(self) -> dict[str, NDArray[np.generic]]:
         """Every array, by the names each accumulator documents."""
@@ -64,4 +77,5 @@ class Statistics:
             **self.distance.finish(),
             **self.map.finish(),
             **self.ratios.finish(),
+            **({} if self.damage is None else self.damage.finish()),
         }

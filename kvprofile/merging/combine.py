@@ -5,32 +5,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WEIGHTS = ("gaussian", "average", "pivot")
+WEIGHTS = ("gaussian", "attention", "average", "pivot")
 SIGMAS = ("mean", "rms")
+BIASES = ("count", "attention", "none")
 
 
 @dataclass(frozen=True)
 class Combination:
     """How the members of a set are combined.
 
-    weights: `gaussian` (by distance to the pivot's key), `average`, or `pivot` (the pivot alone).
+    weights: `gaussian` (by distance to the pivot's key), `attention` (by attention mass), `average`, or `pivot` (the pivot
+        alone).
     sigma: width of the Gaussian: a number (the paper uses 5), or `mean` or `rms`, the mean or root-mean-square distance
         to the pivot over the set, the pivot included.
     keep_pivot_key: store the pivot's key unmoved and combine the values only.
     scale_values: multiply the value by the size of the set, as printed in the paper; outputs inflate, so it is off.
-    count_bias: add log(size) to the slot's attention logits, so that the softmax counts every token the slot stands for
-        (ZeroMerge, arXiv 2503.10714; KeepKV, arXiv 2504.09936).
+    bias: what is added to the slot's attention logits, so that the softmax counts what the slot stands for: log of its
+        `count` of tokens (ZeroMerge, arXiv 2503.10714; KeepKV, arXiv 2504.09936); log of the `attention` of all members
+        over the pivot's, which is right for a slot with the pivot's key; or `none`.
     """
 
     weights: str = "gaussian"
     sigma: float | str = "rms"
     keep_pivot_key: bool = False
     scale_values: bool = False
-    count_bias: bool = True
+    bias: str = "count"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ValueError(f"unknown weights {self.weights!r}; expected one of {', '.join(WEIGHTS)}")
+        if self.bias not in BIASES:
+            raise ValueError(f"unknown bias {self.bias!r}; expected one of {', '.join(BIASES)}")
         if isinstance(self.sigma, str) and self.sigma not in SIGMAS:
             raise ValueError(f"unknown sigma {self.sigma!r}; expected a number or one of {', '.join(SIGMAS)}")
         if not isinstance(self.sigma, str) and not self.sigma > 0:
@@ -73,7 +78,11 @@ def combine(keys: Tensor, values: Tensor, starts: Tensor, mass: Tensor | None, c
         index[merged] = torch.arange(merged.numel(), device=size.device)
         owner = index[group[members]]
         member_keys, member_values = flat_keys[members].float(), flat_values[members].float()
-        weight = _weights(member_keys, flat_keys[pivot[merged]].float(), owner, size[merged], combination)
+        if combination.weights == "attention":
+            kernel = _measured(mass).reshape(-1)[members].clamp_min(1e-20)
+        else:
+            kernel = _kernel(member_keys, flat_keys[pivot[merged]].float(), owner, size[merged], combination)
+        weight = kernel / _sum_by(owner, kernel, merged.numel())[owner]
         new_values = _sum_by(owner, member_values * weight[:, None], merged.numel())
         if combination.scale_values:
             new_values *= size[merged, None]
@@ -82,14 +91,20 @@ def combine(keys: Tensor, values: Tensor, starts: Tensor, mass: Tensor | None, c
             new_keys = _sum_by(owner, member_keys * weight[:, None], merged.numel())
             slot_keys[merged] = new_keys.to(keys.dtype)
 
-    bias = size.float().log() if combination.count_bias else torch.zeros(slots, device=keys.device)
+    bias = torch.zeros(slots, device=keys.device)
+    if combination.bias == "count":
+        bias = size.float().log()
+    elif combination.bias == "attention":
+        share = _measured(mass).reshape(-1).clamp_min(1e-20)
+        # Slots of one token get exactly 0.
+        bias = torch.where(size > 1, (_sum_by(group, share, slots) / share[pivot]).log(), bias)
     return Slots(slot_keys, slot_values, bias, starts.sum(-1).reshape(-1).tolist())
 
 
-def _weights(keys: Tensor, pivot_keys: Tensor, owner: Tensor, size: Tensor, combination: Combination) -> Tensor:
-    """Convex weights of the members: `keys` `(members, head_dim)`, `owner` `(members,)` the set of each."""
+def _kernel(keys: Tensor, pivot_keys: Tensor, owner: Tensor, size: Tensor, combination: Combination) -> Tensor:
+    """Unnormalised weights of the members: `keys` `(members, head_dim)`, `owner` `(members,)` the set of each."""
     if combination.weights == "average":
-        return 1.0 / size[owner].float()
+        return torch.ones(len(keys), device=keys.device)
     squared = (keys - pivot_keys[owner]).square().sum(-1)
     if combination.sigma == "rms":
         variance = _sum_by(owner, squared, size.numel()) / size
@@ -98,8 +113,13 @@ def _weights(keys: Tensor, pivot_keys: Tensor, owner: Tensor, size: Tensor, comb
     else:
         variance = squared.new_full((size.numel(),), float(combination.sigma) ** 2)
     # A set of equal keys has variance 0 and distances 0: the floor makes its weights equal instead of NaN.
-    kernel = torch.exp(-squared / (2 * variance.clamp_min(1e-20))[owner])
-    return kernel / _sum_by(owner, kernel, size.numel())[owner]
+    return torch.exp(-squared / (2 * variance.clamp_min(1e-20))[owner])
+
+
+def _measured(mass: Tensor | None) -> Tensor:
+    if mass is None:
+        raise ValueError("weights and biases by attention need the attention mass")
+    return mass
 
 
 def _pivots(group: Tensor, slots: int, mass: Tensor | None) -> Tensor:

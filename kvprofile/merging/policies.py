@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvprofile.merging.affinity import AFFINITIES, NEEDS_MASS, NEEDS_WINDOW, Tokens
+from kvprofile.merging.affinity import AFFINITIES, NEEDS_MASS, WINDOWS, Tokens, mean_attention
 from kvprofile.merging.combine import Combination, Slots, combine
 from kvprofile.merging.protect import Protection, protected_tokens
 from kvprofile.merging.sets import RULES, find_sets, mergeable_links
@@ -39,7 +39,9 @@ class Policy:
     @property
     def has_pivots(self) -> bool:
         """True if sets have a pivot, the member with the largest attention mass."""
-        return self.rule != "drop" and (self.combination.weights != "average" or self.combination.keep_pivot_key)
+        combination = self.combination
+        plain = combination.weights == "average" and combination.bias != "attention" and not combination.keep_pivot_key
+        return self.rule != "drop" and not plain
 
     @property
     def needs_mass(self) -> bool:
@@ -47,9 +49,9 @@ class Policy:
         return self.affinity in NEEDS_MASS or self.has_pivots or self.protection.heavy_share > 0
 
     @property
-    def needs_window(self) -> bool:
-        """True if the attention of the newest queries has to be measured."""
-        return self.affinity in NEEDS_WINDOW
+    def window(self) -> int | None:
+        """How many of the newest queries' attention has to be measured, if any."""
+        return WINDOWS.get(self.affinity)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` is its inverse."""
@@ -66,24 +68,30 @@ class Policy:
         )
 
 
-# The policies the command line offers by name.
 _PAPER = Protection(first=0, recent=0, recent_share=0.17, heavy_share=0.12)
+
+# The policies the command line offers by name.
 POLICIES: dict[str, Policy] = {
-    # Gaussian merging of chains, every slot counted for the tokens it holds.
+    # Chains of similar keys, Gaussian weights, every slot counted for the tokens it holds.
     "gauss": Policy(),
-    # The same, but the links merged first are those that move the least-looked-at keys least.
-    "gauss-displacement": Policy("displacement"),
+    # The same with every token weighed by the attention it received.
+    "attention": Policy(combination=Combination(weights="attention")),
+    # Tokens little looked at join the set before them; the slot has its pivot's key and the whole set's attention.
+    "absorb": Policy("idle", combination=Combination("attention", keep_pivot_key=True, bias="attention")),
+    "average": Policy(combination=Combination(weights="average")),
     # Sets keep their pivot's key and value, and count for all.
     "pivot": Policy("displacement", combination=Combination(weights="pivot")),
     # The pivot's key is kept, the values are averaged with Gaussian weights.
     "pivot-key": Policy("displacement", combination=Combination(keep_pivot_key=True)),
-    "average": Policy(combination=Combination(weights="average")),
     # KVMerger (arXiv 2407.08454): anchor sets, sigma 5, 17% recent and 12% heavy tokens protected, no count bias.
-    "kvmerger": Policy("cosine", "anchor", _PAPER, Combination(sigma=5.0, count_bias=False)),
+    "kvmerger": Policy("cosine", "anchor", _PAPER, Combination(sigma=5.0, bias="none")),
     # The same with values scaled by the size of the set, exactly as printed.
-    "kvmerger-printed": Policy("cosine", "anchor", _PAPER, Combination(sigma=5.0, count_bias=False, scale_values=True)),
+    "kvmerger-printed": Policy("cosine", "anchor", _PAPER, Combination(sigma=5.0, bias="none", scale_values=True)),
+    # Eviction: what is not kept is dropped.
     "h2o": Policy("mass", "drop"),
+    "value-attention": Policy("value-attention", "drop"),
     "snapkv": Policy("window", "drop"),
+    "snapkv-128": Policy("long-window", "drop"),
     "streaming": Policy("age", "drop"),
 }
 
@@ -116,7 +124,11 @@ def merge_tokens(
         lost = most_affine(affinity, allowed, affinity.shape[-1] - count.to(affinity.device))
     if drops:
         return _drop(tokens, lost)
-    return combine(tokens.keys, tokens.values, ~lost, tokens.mass if policy.has_pivots else None, policy.combination)
+    received = None
+    if policy.has_pivots:
+        by_attention = "attention" in (policy.combination.weights, policy.combination.bias)
+        received = mean_attention(tokens) if by_attention else tokens.mass
+    return combine(tokens.keys, tokens.values, ~lost, received, policy.combination)
 
 
 def merge_layer(

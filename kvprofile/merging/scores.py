@@ -10,8 +10,7 @@ from torch import Tensor
 
 QUERY_BLOCK = 64
 MASS_STRIDE = 16  # the default estimate of the mass takes every 16th query
-WINDOW = 32  # newest queries that SnapKV looks at
-POOL = 5  # neighbours over which their attention is pooled
+POOL = 5  # neighbours over which the newest queries' attention is pooled
 
 
 def attention_mass(
@@ -20,8 +19,8 @@ def attention_mass(
     """Sum of the attention each key receives over every `stride`-th query and over the query heads of its group.
 
     `query` is `(batch, heads, queries, head_dim)`, `key` `(batch, kv_heads, tokens, head_dim)`; the queries are the newest
-    `queries` of the tokens and attention is causal. Returns float32 `(batch, kv_heads, tokens)`, scaled by `stride` so
-    that it estimates the full sum. The newest query is always among those taken.
+    `queries` of the tokens and attention is causal. Returns float32 `(batch, kv_heads, tokens)`, scaled up to
+    estimate the sum over all queries. The newest query is always among those taken.
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
@@ -38,14 +37,17 @@ def attention_mass(
         hidden = key_positions[None, :seen] > (block + offset)[:, None]
         logits.view(batch, kv_heads, heads // kv_heads, len(block), seen).masked_fill_(hidden, -torch.inf)
         mass[..., :seen] += torch.softmax(logits, -1).sum(2)
-    return mass.mul_(stride)
+    return mass.mul_(queries / len(positions))
 
 
-def window_mass(query: Tensor, key: Tensor, scaling: float, *, softcap: float | None = None) -> Tensor:
-    """Attention received from the newest `WINDOW` queries, averaged over `POOL` neighbours (SnapKV, arXiv 2404.14469).
+def window_mass(query: Tensor, key: Tensor, scaling: float, *, window: int, softcap: float | None = None) -> Tensor:
+    """Attention received from the newest `window` queries, averaged over `POOL` neighbours (SnapKV, arXiv 2404.14469).
 
     Shapes as in `attention_mass`.
     """
-    newest = query[:, :, -WINDOW:]
-    received = attention_mass(newest, key, scaling, softcap=softcap)
+    return pooled(attention_mass(query[:, :, -window:], key, scaling, softcap=softcap))
+
+
+def pooled(received: Tensor) -> Tensor:
+    """Average over `POOL` neighbouring tokens: `(batch, kv_heads, tokens)`."""
     return F.avg_pool1d(received, POOL, stride=1, padding=POOL // 2, count_include_pad=False)

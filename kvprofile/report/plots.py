@@ -6,8 +6,9 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from kvprofile.errors import KVProfileError
@@ -31,7 +32,7 @@ def write_plots(
         "similarity.png": similarity_maps(arrays["similarity_map"], layers, heads),
         "ratios.png": ratio_curves(profile),
         "plan.png": plan_map(profile),
-        "distance.png": distance_curves(arrays["similarity_by_distance"], layers, heads),
+        "distance.png": distance_curves(arrays["distances"], arrays["similarity_by_distance"], layers, heads),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,20 +97,41 @@ def ratio_curves(profile: Profile) -> Figure:
 
 
 def plan_map(profile: Profile) -> Figure:
-    """Share of slots (left) and threshold (right) of every layer and head."""
+    """Share of slots of every layer and head; beside it the policies, or the thresholds where all heads have one."""
     plan = profile.plan
     share = np.array([[head.share for head in layer.heads] for layer in plan.layers])
-    epsilon = np.array(
-        [[np.nan if head.epsilon is None else head.epsilon for head in layer.heads] for layer in plan.layers]
-    )
     figure = Figure(figsize=(9, max(3.0, 0.22 * len(plan.layers) + 1.2)), layout="constrained")
     left, right = figure.subplots(1, 2)
     labels = [layer.layer for layer in plan.layers]
     common = {"yticklabels": labels, "annot": share.shape[1] <= 8, "annot_kws": {"fontsize": 7}}
     sns.heatmap(share, ax=left, vmin=0, vmax=1, cmap="cividis", fmt=".2f", cbar_kws={"label": "share"}, **common)
-    sns.heatmap(epsilon, ax=right, cmap="viridis", fmt=".2f", cbar_kws={"label": "epsilon"}, **common)
-    for axis, title in ((left, "share of tokens that keep a slot"), (right, "threshold epsilon")):
-        axis.set_title(title, fontsize=10)
+    left.set_title("share of tokens that keep a slot", fontsize=10)
+    names = [[head.policy for head in layer.heads] for layer in plan.layers]
+    policies = sorted({name for row in names for name in row})
+    if len(policies) > 1:
+        colours = sns.color_palette("colorblind", len(policies))
+        index = np.array([[policies.index(name) for name in row] for row in names])
+        sns.heatmap(
+            index,
+            ax=right,
+            cmap=ListedColormap(colours),
+            cbar=False,
+            vmin=-0.5,
+            vmax=len(policies) - 0.5,
+            yticklabels=labels,
+        )
+        patches = [Patch(color=colour, label=name) for name, colour in zip(policies, colours, strict=True)]
+        right.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
+        right.set_title("policy", fontsize=10)
+    else:
+        epsilon = np.array(
+            [[np.nan if head.epsilon is None else head.epsilon for head in layer.heads] for layer in plan.layers]
+        )
+        sns.heatmap(
+            epsilon, ax=right, vmin=0, vmax=1, cmap="viridis", fmt=".2f", cbar_kws={"label": "epsilon"}, **common
+        )
+        right.set_title(f"threshold epsilon ({policies[0]})", fontsize=10)
+    for axis in (left, right):
         axis.set_xlabel("KV head")
         axis.set_ylabel("layer")
         axis.tick_params(axis="y", rotation=0)
@@ -117,11 +139,12 @@ def plan_map(profile: Profile) -> Figure:
     return figure
 
 
-def distance_curves(similarity: NDArray[np.generic], layers: list[int], heads: list[int]) -> Figure:
+def distance_curves(
+    distances: NDArray[np.generic], similarity: NDArray[np.generic], layers: list[int], heads: list[int]
+) -> Figure:
     """Mean key similarity against distance in tokens."""
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axis = figure.subplots()
-    distances = np.arange(1, similarity.shape[-1] + 1)
     colours = sns.color_palette("viridis", len(layers))
     for layer, colour in zip(layers, colours, strict=True):
         for head, style in zip(heads, ("-", "--", ":", "-.") * len(heads), strict=False):

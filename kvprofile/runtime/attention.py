@@ -29,8 +29,14 @@ class AttendedLayer(Protocol):
 
     slots: Slots | None
 
-    def attended(self, call: "AttentionCall", tail_mass: Tensor | None) -> None:
-        """Take note that the layer's attention is done; this is where merging and measuring happen."""
+    def check(self, call: "AttentionCall") -> None:
+        """Raise KVProfileError where attending to the layer's slots would silently give wrong numbers."""
+
+    def attended(self, call: "AttentionCall", output: Tensor, tail_mass: Tensor | None) -> None:
+        """Take note that the layer's attention is done; this is where merging and measuring happen.
+
+        `output` is `(batch, queries, heads, value_dim)`; `tail_mass` the attention the tail received, where known.
+        """
 
 
 @dataclass(frozen=True)
@@ -141,14 +147,14 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
         layer: AttendedLayer | None = getattr(key, MARK, None)
         call = AttentionCall(module, query, key, value, attention_mask, options) if layer is not None else None
         if layer is not None and call is not None and layer.slots is not None:
-            call.check_supported()
+            layer.check(call)
             output, mass = ragged_attention(call, layer.slots)
-            layer.attended(call, mass)
+            layer.attended(call, output, mass)
             return output, None
         mask = attention_mask.stock() if isinstance(attention_mask, MaskRecipe) else attention_mask
         result = _stock_attention(implementation, module)(module, query, key, value, mask, **options)
         if layer is not None and call is not None:
-            layer.attended(call, None)
+            layer.attended(call, result[0], None)
         return result
 
     return attention
@@ -159,6 +165,11 @@ def install(model: PreTrainedModel) -> None:
 
     Raises KVProfileError where the model's implementation has no counterpart of ours.
     """
+    if not model._can_set_attn_implementation():
+        raise KVProfileError(
+            f"{type(model).__name__} does not use transformers' attention interface, so its keys cannot be reached; "
+            "kvprofile supports models whose attention implementation can be switched"
+        )
     attached: list[str] = model.__dict__.setdefault(_ATTACHED, [])
     previous = model.config._attn_implementation
     if previous not in IMPLEMENTATIONS.values():

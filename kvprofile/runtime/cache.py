@@ -23,12 +23,12 @@ from kvprofile.merging.affinity import Tokens
 from kvprofile.merging.combine import Slots, append_slots, select_rows
 from kvprofile.merging.counts import slots_of
 from kvprofile.merging.policies import merge_layer
-from kvprofile.merging.scores import MASS_STRIDE, attention_mass, window_mass
+from kvprofile.merging.scores import MASS_STRIDE, attention_mass, pooled, window_mass
 from kvprofile.runtime.attention import MARK, AttentionCall
 from kvprofile.runtime.masks import LogicalLength
 from kvprofile.runtime.settings import LayerSetting
 
-CHUNK = 32  # tokens that age before they are merged; also the most by which stored slots exceed the plan
+CHUNK = 32  # tokens that age before they are merged; past the protected ones, stored slots exceed the plan by no more
 
 
 class MergedLayer(CacheLayerMixin):
@@ -67,7 +67,9 @@ class MergedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         added = key_states.shape[2]
-        if self.tail + added > self.keys.shape[2]:
+        # A tensor made in inference mode cannot be written to outside of it.
+        stale = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if stale or self.tail + added > self.keys.shape[2]:
             # A prompt is about to be merged or kept: no slack. A growing tail gets room for a chunk.
             room = self.tail + added + (CHUNK if self.tail else 0)
             self.keys, self.values = (_resized(old, self.tail, room) for old in (self.keys, self.values))
@@ -80,14 +82,15 @@ class MergedLayer(CacheLayerMixin):
         self.pending = True
         return keys, values
 
-    def attended(self, call: AttentionCall, tail_mass: Tensor | None) -> None:
+    def attended(self, call: AttentionCall, output: Tensor, tail_mass: Tensor | None) -> None:
         """Count the attention the tail received and merge what has aged."""
-        self.pending = False
         setting = self.setting
         if setting.keeps_all:
+            self.pending = False
             return
-        call.check_supported()
-        if setting.needs_mass or setting.needs_window:
+        self.check(call)
+        self.pending = False
+        if setting.needs_mass or setting.windows:
             if tail_mass is None:
                 tail_mass = attention_mass(call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap)
             if self.mass is not None:
@@ -95,18 +98,34 @@ class MergedLayer(CacheLayerMixin):
             self.mass = tail_mass
         recent = max(policy.protection.recent_tokens(self.seen) for policy, _ in setting.policies)
         if self.tail - recent >= CHUNK:
-            window = None
-            if setting.needs_window:
-                # Once slots exist the tail's own mass comes from the newest queries anyway.
-                window = (
-                    window_mass(call.query, call.key, call.scaling, softcap=call.softcap)
-                    if self.slots is None
-                    else self.mass
-                )
-            self._merge(self.tail - recent, recent, window)
+            # Once slots exist the tail's own mass comes from the newest queries anyway.
+            windows = {
+                size: window_mass(call.query, call.key, call.scaling, window=size, softcap=call.softcap)
+                if self.mass is None or self.slots is None
+                else pooled(self.mass)
+                for size in setting.windows
+            }
+            tokens = Tokens(
+                self.keys[:, :, : self.tail],
+                self.values[:, :, : self.tail],
+                self.mass,
+                windows,
+                self.seen - self.tail,
+                self.seen,
+            )
+            self._merge(tokens.oldest(self.tail - recent), recent)
 
-    def _merge(self, aged: int, recent: int, window: Tensor | None) -> None:
-        """Turn the oldest `aged` tokens of the tail into slots."""
+    def check(self, call: AttentionCall) -> None:
+        """Raise KVProfileError where merging would silently give wrong numbers."""
+        if not self.pending:
+            raise KVProfileError(
+                "this model attends to one layer's keys more than once in a forward (shared or differential attention), "
+                "which a merged cache does not support; generate with the stock cache"
+            )
+        call.check_supported()
+
+    def _merge(self, tokens: Tokens, recent: int) -> None:
+        """Turn `tokens`, the oldest of the tail, into slots; `recent` stay."""
         batch, kv_heads = self.keys.shape[:2]
         count = None
         if self.setting.exact:
@@ -114,13 +133,6 @@ class MergedLayer(CacheLayerMixin):
             stored = 0 if self.slots is None else torch.tensor(self.slots.lengths).view(batch, kv_heads)
             count = wanted - stored - recent
         heavy = [policy.protection.heavy_tokens(self.seen) for policy, _ in self.setting.policies]
-        tokens = Tokens(
-            self.keys[:, :, :aged],
-            self.values[:, :, :aged],
-            None if self.mass is None else self.mass[..., :aged],
-            None if window is None else window[..., :aged],
-            self.seen - self.tail,
-        )
         merged = merge_layer(
             tokens,
             self.setting.policies,
@@ -130,6 +142,7 @@ class MergedLayer(CacheLayerMixin):
         )
         self.heavy = heavy
         self.slots = merged if self.slots is None else append_slots(self.slots, merged)
+        aged = self.tail - recent
         # Copies, not slices: a slice would keep the whole prompt's storage alive.
         self.keys, self.values = (old[:, :, aged : self.tail].clone() for old in (self.keys, self.values))
         self.tail = recent
@@ -197,13 +210,24 @@ class MergedLayer(CacheLayerMixin):
     prefetch = offload
 
 
+class Attachment:
+    """Whether a merger is attached to its model now: shared by all its caches and their copies."""
+
+    def __init__(self) -> None:
+        self.active = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        return self
+
+
 class MergedCache(Cache):
     """The cache to pass as `past_key_values`; made by `KVMerger.cache()`, one for each generation.
 
     Full-attention layers are merged; sliding, chunked and linear layers keep their stock cache.
     """
 
-    def __init__(self, config: PretrainedConfig, settings: dict[int, LayerSetting]) -> None:
+    def __init__(self, config: PretrainedConfig, settings: dict[int, LayerSetting], attachment: Attachment) -> None:
+        self.attachment = attachment
         types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         super().__init__(
             layers=[
@@ -211,19 +235,25 @@ class MergedCache(Cache):
                 for index, (kind, keywords) in enumerate(zip(types, arguments, strict=True))
             ]
         )
-        self._last: MergedLayer | None = None
+
+    def _first(self) -> MergedLayer | None:
+        return next((layer for layer in self.layers if isinstance(layer, MergedLayer)), None)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values. Raises KVProfileError if the layer before was not attended by us."""
-        if self._last is not None and self._last.pending:
-            raise KVProfileError(
-                "a merged cache was used with a model that is not attached (or was detached, or failed half-way in an earlier "
-                "forward); call merger.attach(model) and start with a new merger.cache()"
-            )
         layer = self.layers[layer_idx]
-        self._last = layer if isinstance(layer, MergedLayer) else None
+        if isinstance(layer, MergedLayer):
+            others = [other for other in self.layers if isinstance(other, MergedLayer) and other is not layer]
+            # Layers are updated in turn: those before this one have seen this forward's tokens, those after have not. The
+            # first to be updated must find all of them level, or an earlier forward did not come to its end.
+            torn = layer is self._first() and any(other.seen != layer.seen for other in others)
+            if not self.attachment.active or torn or layer.pending or any(other.pending for other in others):
+                raise KVProfileError(
+                    "a merged cache was used with a model that is not attached (or was detached, or failed half-way in an "
+                    "earlier forward); call merger.attach(model) and start with a new merger.cache()"
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def slots(self) -> list[list[list[int]]]:
@@ -242,11 +272,18 @@ class MergedCache(Cache):
         tensors = [
             tensor
             for layer in self.layers
-            for tensor in (layer.tensors() if isinstance(layer, MergedLayer) else [layer.keys, layer.values])
-            if tensor is not None
+            for tensor in (layer.tensors() if isinstance(layer, MergedLayer) else _tensors(vars(layer)))
         ]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
+
+
+def _tensors(held: Any) -> list[Tensor]:
+    """Every tensor in the attributes of a stock layer, whatever kind it is."""
+    if isinstance(held, Tensor):
+        return [held]
+    parts = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _resized(old: Tensor, used: int, room: int) -> Tensor:

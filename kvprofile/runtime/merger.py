@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.fingerprint import difference, model_facts
 from kvprofile.runtime.attention import install, restore
-from kvprofile.runtime.cache import MergedCache
+from kvprofile.runtime.cache import Attachment, MergedCache
 from kvprofile.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,17 +55,18 @@ class KVMerger:
                 "this model"
             )
         install(model)
-        self.model = model
+        self.model, self.attachment = model, Attachment()
         return self
 
     def cache(self) -> MergedCache:
         """An empty cache for one generation."""
         if self.model is None:
             raise KVProfileError("the merger is not attached to a model; call merger.attach(model) first")
-        return MergedCache(self.model.config, self.settings.layers)
+        return MergedCache(self.model.config, self.settings.layers, self.attachment)
 
     def detach(self) -> None:
         """Give the model its own attention back; harmless if nothing is attached."""
         if self.model is not None:
             restore(self.model)
             self.model = None
+            self.attachment.active = False

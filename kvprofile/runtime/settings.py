@@ -1,6 +1,7 @@
 """The part of a profile the runtime needs: the policy, and each layer's thresholds and shares."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprofile.errors import KVProfileError, MismatchError
+from kvprofile.errors import KVProfileError, MismatchError, UsageError
+from kvprofile.fingerprint import FACTS
 from kvprofile.merging.policies import Policy
 
 SCHEMA_VERSION = 1
@@ -40,9 +42,9 @@ class LayerSetting:
         return any(policy.needs_mass for policy, _ in self.policies)
 
     @property
-    def needs_window(self) -> bool:
-        """True if a policy of the layer needs the attention of the newest queries."""
-        return any(policy.needs_window for policy, _ in self.policies)
+    def windows(self) -> set[int]:
+        """How many of the newest queries the layer's policies look at."""
+        return {policy.window for policy, _ in self.policies if policy.window is not None}
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,21 @@ class Settings:
                 f"the profile has schema version {version}, this runtime reads version {SCHEMA_VERSION}; update kvprofile "
                 "or calibrate anew"
             )
+        if mode is not None and mode not in MODES:
+            raise UsageError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
         try:
             plan, facts = profile["plan"], profile["model"]
             policies = {name: Policy.from_dict(values) for name, values in profile["policies"].items()}
             exact = _mode(mode or plan["mode"]) == "exact"
             layers = {entry["layer"]: _layer(entry, policies, exact, facts["kv_heads"]) for entry in plan["layers"]}
+            missing = {"name", *FACTS} - facts.keys()
+            if missing:
+                raise ValueError(f"model has no {', '.join(sorted(missing))}")
+            strays = layers.keys() - set(range(facts["layers"]))
+            if strays:
+                raise ValueError(f"plan names layers {sorted(strays)} of a model with {facts['layers']}")
             return cls(facts["name"], facts, layers)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MismatchError(
                 f"the profile is damaged: {error!r}; run `kvprofile show` on it, or calibrate anew"
             ) from error
@@ -106,6 +116,8 @@ def _layer(entry: dict[str, Any], policies: dict[str, Policy], exact: bool, kv_h
         raise ValueError(f"layer {entry['layer']} has {len(heads)} heads, expected {kv_heads}")
     epsilon = [float("inf") if head["epsilon"] is None else float(head["epsilon"]) for head in heads]
     share = [float(head["share"]) for head in heads]
+    if any(math.isnan(value) for value in epsilon):
+        raise ValueError(f"layer {entry['layer']} has a threshold that is no number")
     if not all(0 <= value <= 1 for value in share):
         raise ValueError(f"layer {entry['layer']} has a share outside 0 to 1")
     followers: dict[str, list[int]] = {}

@@ -42,7 +42,8 @@ def cut_parts(
         KVProfileError: there are fewer tokens than asked for.
     """
     documents = _shuffled(documents, rng)
-    for parts in (_deal(documents, needs), _divide(documents, needs)):
+    for split in (_deal, _divide):
+        parts = split(documents, needs)
         calibration, held_out = (
             _fill(part, need, length, encode, rng) for part, need in zip(parts, needs, strict=True)
         )
@@ -57,7 +58,7 @@ def cut_parts(
 def _too_little(kind: str, found: int, needs: tuple[int, int], length: int) -> KVProfileError:
     needed = sum(needs) * length
     return KVProfileError(
-        f"too little {kind} text: {found:,} tokens found, {needed:,} needed ({needs[0]} samples and {needs[1]} "
+        f"too little text of kind {kind!r}: {found:,} tokens found, {needed:,} needed ({needs[0]} samples and {needs[1]} "
         f"held out of {length:,}), {needed - found:,} missing; ask for fewer --samples or fewer --tokens, or give more "
         "text with --data"
     )

@@ -306,7 +306,7 @@ def test_too_little_text_says_what_to_do():
     with pytest.raises(KVProfileError) as caught:
         make_samples(documents, PLAIN, samples=10, tokens=128, held_out=2)
     assert str(caught.value) == (
-        "too little text text: 1,200 tokens found, 1,536 needed (10 samples and 2 held out of 128), 336 missing; "
+        "too little text of kind 'text': 1,200 tokens found, 1,536 needed (10 samples and 2 held out of 128), 336 missing; "
         "ask for fewer --samples or fewer --tokens, or give more text with --data"
     )
 

@@ -1,0 +1,121 @@
+"""Small inputs for tests: random tokens, and profiles of a model with two layers of two KV heads."""
+
+import torch
+
+from kvprofile.merging.affinity import WINDOWS, Tokens
+from kvprofile.merging.policies import Policy
+from kvprofile.profile import PolicyFacts, Profile
+
+THRESHOLDS = [-1.0, 0.5, 0.8, 1.001]
+
+
+def random_tokens(seed, *, batch=1, heads=2, count=24, head_dim=4, value_dim=3, position=0, drift=1.0, newer=5):
+    """Keys that walk through space, so that neighbours are alike; attention received that is never equal.
+
+    `newer` tokens have been seen after these.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(batch, heads, count, head_dim, generator=generator)
+    keys = torch.randn(batch, heads, 1, head_dim, generator=generator) * 2 + drift * steps.cumsum(2) * 0.5
+    values = torch.randn(batch, heads, count, value_dim, generator=generator)
+    mass = torch.rand(batch, heads, count, generator=generator) + 0.05
+    windows = {size: torch.rand(batch, heads, count, generator=generator) + 0.05 for size in WINDOWS.values()}
+    return Tokens(keys, values, mass, windows, position, position + count + newer)
+
+
+def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="gauss", **changes):
+    """A profile written out by hand; `changes` replace whole top-level blocks."""
+    curves = [[0.1, 0.3, 0.6, 1.0], [0.2, 0.5, 0.7, 1.0]]
+    heads = [
+        {"policy": policy, "epsilon": 0.7, "share": 0.5, "damage": None},
+        {"policy": policy, "epsilon": None, "share": 1.0, "damage": None},
+    ]
+    fidelity = {
+        "recall_kl": 0.01,
+        "recall_kl_interval": (0.008, 0.013),
+        "recall_top1": 0.98,
+        "continuation_kl": 0.002,
+        "continuation_kl_interval": (0.001, 0.003),
+        "continuation_top1": 1.0,
+    }
+    checked = {"achieved": {"mean": 0.5, "std": 0.01, "worst": 0.52}, "fidelity": fidelity}
+    text = {"samples": 2, "tokens": 64, "kinds": {"essay": 1, "table": 1}}
+    values = {
+        "schema_version": 1,
+        "created": {
+            "time": "2025-01-02T03:04:05+00:00",
+            "command": command,
+            "seconds": 1.5,
+            "kvprofile": "0.1.0",
+            "python": "3.11.7",
+            "torch": "2.8.0",
+            "transformers": "5.23.0",
+        },
+        "model": {
+            "name": name,
+            "source": "made in memory",
+            "revision": None,
+            "architecture": "LlamaForCausalLM",
+            "model_type": "llama",
+            "layers": 2,
+            "query_heads": 4,
+            "kv_heads": 2,
+            "head_dim": 8,
+            "attention": ["full_attention", "full_attention"],
+            "rope": {"rope_theta": 10000.0, "rope_type": "default"},
+            "config_hash": "0" * 64,
+        },
+        "calibration": {
+            "text": "two samples",
+            "seed": 0,
+            "dtype": "float32",
+            "device": "cpu",
+            "digest": "a" * 64,
+            "measured": text,
+            "held_out": text,
+        },
+        "policies": {policy: PolicyFacts.model_validate(Policy().to_dict()).model_dump()},
+        "statistics": {
+            "rule": "chain",
+            "policy": policy,
+            "thresholds": THRESHOLDS,
+            "layers": [
+                {"layer": layer, "ratio": curves, "ratio_std": [[0.0, 0.01, 0.02, 0.0]] * 2} for layer in (0, 1)
+            ],
+            "persistence": [
+                {
+                    "threshold": 0.5,
+                    "ratio": 0.4,
+                    "between_samples": 0.01,
+                    "between_kinds": None,
+                    "between_layers": 0.02,
+                    "head_between_samples": 0.015,
+                    "head_between_kinds": None,
+                    "between_heads": 0.1,
+                    "rank_correlation": None,
+                }
+            ],
+            "damage": None,
+            "arrays": None,
+        },
+        "plan": {
+            "budget": 0.75,
+            "policy": policy,
+            "shares": "uniform",
+            "objective": "balanced",
+            "granularity": "head",
+            "mode": "threshold",
+            "predicted_ratio": 0.75,
+            "predicted_damage": None,
+            "damage_bound": None,
+            "layers": [{"layer": layer, "epsilon": 0.9, "share": 0.75, "heads": heads} for layer in (0, 1)],
+        },
+        "check": {
+            "threshold": checked,
+            "exact": checked,
+            "uniform": checked,
+            "uniform_policy": policy,
+            "bytes_ratio": 0.55,
+        },
+    }
+    return Profile.model_validate({**values, **changes})

@@ -1,0 +1,260 @@
+"""A float64 reference of a merged cache: the documented rules replayed by plain loops, token by token, head by head.
+
+It shares constants with kvprofile, and the numbers of a profile, but none of its functions.
+"""
+
+import itertools
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvprofile.merging.affinity import WINDOWS
+from kvprofile.merging.policies import POLICIES
+from kvprofile.merging.scores import MASS_STRIDE, POOL
+from kvprofile.merging.sets import MAX_SET
+from kvprofile.runtime.cache import CHUNK
+
+Array = NDArray[np.float64]
+
+
+class ReferenceHead:
+    """What one KV head holds: merged slots, and the raw keys, values and masses of its tail."""
+
+    def __init__(self, policy: dict[str, Any], epsilon: float | None, share: float) -> None:
+        self.policy, self.share = policy, share
+        self.epsilon = math.inf if epsilon is None else epsilon
+        self.slots: list[tuple[Array, Array, float]] = []
+        self.tail: list[tuple[Array, Array]] = []
+        self.mass: list[float] = []
+        self.heavy = 0
+
+
+class ReferenceLayer:
+    """One layer in float64: one softmax over what each head holds, then the plan's rules by plain loops."""
+
+    def __init__(self, heads: list[ReferenceHead] | None, exact: bool, window: int | None) -> None:
+        self.heads, self.exact, self.window = heads, exact, window
+        self.seen, self.merges = 0, 0
+
+    def attend(self, query: Array, key: Array, value: Array, scaling: float, softcap: float | None) -> Array:
+        """`query` (heads, queries, dim), `key` and `value` (kv_heads, queries, dim): those of the new tokens."""
+        if self.heads is None:
+            self.heads = [ReferenceHead(POLICIES["gauss"].to_dict(), None, 1.0) for _ in key]
+        group, queries = len(query) // len(key), query.shape[1]
+        self.seen += queries
+        output, weights = [], []
+        for index, one in enumerate(self.heads):
+            one.tail += zip(key[index], value[index], strict=True)
+            one.mass += [0.0] * queries
+            keys = np.stack([slot[0] for slot in one.slots] + [token[0] for token in one.tail])
+            values = np.stack([slot[1] for slot in one.slots] + [token[1] for token in one.tail])
+            bias = np.array([slot[2] for slot in one.slots] + [0.0] * len(one.tail))
+            logits = np.einsum("gqd,sd->gqs", query[index * group : (index + 1) * group], keys) * scaling
+            if softcap is not None:
+                logits = softcap * np.tanh(logits / softcap)
+            logits += bias
+            first = self.seen - len(one.tail)
+            for row in range(queries):
+                position = self.seen - queries + row
+                logits[:, row, len(one.slots) + position - first + 1 :] = -np.inf
+                if self.window is not None:
+                    logits[:, row, : max(0, position - self.window + 1 - first)] = -np.inf
+            exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+            probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+            output.append(probabilities @ values)
+            weights.append(probabilities.sum(0)[:, len(one.slots) :])
+        if self.window is None:
+            self._age(weights)
+        return np.concatenate(output)
+
+    def _age(self, weights: list[Array]) -> None:
+        assert self.heads is not None
+        for one, received in zip(self.heads, weights, strict=True):
+            # Before the first merge the mass is estimated from every n-th query, the newest among them.
+            taken = received if self.merges else received[::-1][::MASS_STRIDE]
+            one.mass = list(np.array(one.mass) + taken.sum(0) * len(received) / len(taken))
+        protections = [one.policy["protection"] for one in self.heads]
+        recent = max(max(p["recent"], math.ceil(p["recent_share"] * self.seen)) for p in protections)
+        tail = len(self.heads[0].tail)
+        if tail - recent < CHUNK:
+            return
+        wanted = whole_slots([one.share for one in self.heads], self.seen)
+        for one, received, slots in zip(self.heads, weights, wanted, strict=True):
+            looking = WINDOWS.get(one.policy["affinity"], 0)
+            newest = pooled(np.array(one.mass) if self.merges else received[len(received) - looking :].sum(0))
+            count = slots - len(one.slots) - recent if self.exact else None
+            merge_head(one, tail - recent, self.seen, newest, count)
+        self.merges += 1
+
+
+def merge_head(one: ReferenceHead, aged: int, seen: int, newest: Array, count: int | None) -> None:
+    """Turn the head's `aged` oldest tail tokens into slots, `count` of them or as many as the threshold leaves."""
+    policy, protection = one.policy, one.policy["protection"]
+    keys, values = [key for key, _ in one.tail[:aged]], [value for _, value in one.tail[:aged]]
+    mass, newest = np.array(one.mass[:aged]), newest[:aged]
+    position = seen - len(one.tail)
+
+    heavy_now = math.ceil(protection["heavy_share"] * seen)
+    protected = {token for token in range(aged) if position + token < protection["first"]}
+    protected |= set(sorted(range(aged), key=lambda token: -mass[token])[: heavy_now - one.heavy])
+    one.heavy = heavy_now
+
+    def cosine(a: int, b: int) -> float:
+        return float(keys[a] @ keys[b] / np.linalg.norm(keys[a]) / np.linalg.norm(keys[b]))
+
+    relative = mass / mass.mean() if mass.any() else mass
+    per_query = mass / np.array([seen - position - token for token in range(aged)])
+    spoken = per_query * [np.linalg.norm(value) for value in values]
+    affinity = {
+        "cosine": lambda token: cosine(token, token - 1),
+        "displacement": lambda token: (
+            -np.sum((keys[token] - keys[token - 1]) ** 2) * min(relative[token], relative[token - 1])
+        ),
+        "mass": lambda token: -relative[token],
+        "idle": lambda token: -per_query[token] / per_query.mean(),
+        "value-attention": lambda token: -spoken[token] / spoken.mean(),
+        "window": lambda token: -newest[token] / newest.mean(),
+        "long-window": lambda token: -newest[token] / newest.mean(),
+        "age": lambda token: 1 - token / (aged - 1),
+    }[policy["affinity"]]
+
+    if policy["rule"] == "drop":
+        candidates = [token for token in range(aged) if token not in protected]
+    else:
+        candidates = [token for token in range(1, aged) if not protected & {token, token - 1}]
+    if policy["rule"] in ("anchor", "complete"):
+        lost = scanned(policy["rule"], aged, protected, cosine, one.epsilon)
+        order = sorted(candidates, key=lambda token: (token not in lost, -affinity(token)))
+    else:
+        lost = {token for token in candidates if affinity(token) >= one.epsilon}
+        order = sorted(candidates, key=lambda token: -affinity(token))
+    if count is not None:
+        lost = set(order[: max(0, aged - count)])
+
+    if policy["rule"] == "drop":
+        one.slots += [(keys[token], values[token], 0.0) for token in range(aged) if token not in lost]
+    else:
+        sets: list[list[int]] = []
+        for token in range(aged):
+            if token in lost:
+                sets[-1].append(token)
+            else:
+                sets.append([token])
+        rule = policy["combination"]
+        received = per_query if "attention" in (rule["weights"], rule["bias"]) else mass
+        one.slots += [combined(members, keys, values, received, rule) for members in sets]
+    one.tail, one.mass = one.tail[aged:], one.mass[aged:]
+
+
+def scanned(rule: str, aged: int, protected: set[int], cosine: Any, epsilon: float) -> set[int]:
+    """The paper's scan from the newest token to the oldest; returns the tokens that joined their older neighbour."""
+    joined = set()
+    members: list[int] = []
+    for token in reversed(range(aged)):
+        compared = members if rule == "complete" else members[:1]
+        fits = members and not protected & {token, members[-1]} and len(members) < MAX_SET
+        if fits and all(cosine(token, member) >= epsilon for member in compared):
+            joined.add(token + 1)
+            members.append(token)
+        else:
+            members = [token]
+    return joined
+
+
+def combined(
+    members: list[int], keys: list[Array], values: list[Array], received: Array, rule: dict[str, Any]
+) -> tuple[Array, Array, float]:
+    """One set as key, value and bias."""
+    if len(members) == 1:
+        return keys[members[0]], values[members[0]], 0.0
+    pivot = max(members, key=lambda token: received[token])
+    squared = np.array([np.sum((keys[token] - keys[pivot]) ** 2) for token in members])
+    if rule["weights"] == "average":
+        weights = np.ones(len(members))
+    elif rule["weights"] == "attention":
+        weights = received[members]
+    elif rule["weights"] == "pivot":
+        weights = np.array([float(token == pivot) for token in members])
+    else:
+        widths = {"rms": np.sqrt(squared.mean()), "mean": np.sqrt(squared).mean()}
+        sigma = widths.get(rule["sigma"], rule["sigma"])
+        weights = np.exp(-squared / (2 * sigma**2))
+    weights = weights / weights.sum()
+    key = sum(weight * keys[token] for weight, token in zip(weights, members, strict=True))
+    value = sum(weight * values[token] for weight, token in zip(weights, members, strict=True))
+    counted = {"count": len(members), "attention": received[members].sum() / received[pivot], "none": 1}
+    return (
+        keys[pivot] if rule["keep_pivot_key"] else key,
+        value * (len(members) if rule["scale_values"] and rule["weights"] != "pivot" else 1),
+        math.log(counted[rule["bias"]]),
+    )
+
+
+def pooled(received: Array) -> Array:
+    side = POOL // 2
+    return np.array([received[max(0, i - side) : i + side + 1].mean() for i in range(len(received))])
+
+
+def whole_slots(shares: list[float], tokens: int) -> list[int]:
+    """Largest remainders in exact arithmetic: each head within one slot of its share, the layer within half."""
+    wanted = [Fraction(str(share)) * tokens for share in shares]
+    whole = [math.floor(one) for one in wanted]
+    missing = round(sum(wanted)) - sum(whole)
+    order = sorted(range(len(shares)), key=lambda index: (whole[index] - wanted[index], index))
+    return [slots + (order.index(index) < missing) for index, slots in enumerate(whole)]
+
+
+def reference_logits(
+    model: PreTrainedModel, profile: dict[str, Any], text: Tensor, cuts: list[int]
+) -> tuple[Tensor, list[ReferenceLayer]]:
+    """The model's logits for one row with every layer's attention replaced by the reference."""
+    plans = {
+        entry["layer"]: [
+            ReferenceHead(profile["policies"][one["policy"]], one["epsilon"], one["share"]) for one in entry["heads"]
+        ]
+        for entry in profile["plan"]["layers"]
+    }
+    exact = profile["plan"]["mode"] == "exact"
+    layers = [
+        ReferenceLayer(plans.get(index), exact, None if kind == "full_attention" else model.config.sliding_window)
+        for index, kind in enumerate(profile["model"]["attention"])
+    ]
+
+    def attention(module, query, key, value, _mask, *, scaling=None, softcap=None, **_options):
+        arrays = (part[0].double().numpy() for part in (query, key, value))
+        output = layers[module.layer_idx].attend(*arrays, scaling, softcap)
+        return torch.from_numpy(output).to(query.dtype)[None].transpose(1, 2), None
+
+    own = model.config._attn_implementation
+    AttentionInterface.register("float64_reference", attention)
+    model.set_attn_implementation("float64_reference")
+    try:
+        logits = [
+            model(text[:, low:high], position_ids=torch.arange(low, high)[None], use_cache=False).logits
+            for low, high in pieces(text, cuts)
+        ]
+    finally:
+        model.set_attn_implementation(own)
+    return torch.cat(logits, dim=1), layers
+
+
+def pieces(text: Tensor, cuts: list[int]) -> list[tuple[int, int]]:
+    """The text in pieces that end at `cuts`, then token by token."""
+    return list(itertools.pairwise([0, *cuts, *range(cuts[-1] + 1, text.shape[1] + 1)]))
+
+
+def read(model: PreTrainedModel, cache: Cache, text: Tensor, cuts: list[int]) -> Tensor:
+    return torch.cat(
+        [model(text[:, low:high], past_key_values=cache).logits for low, high in pieces(text, cuts)], dim=1
+    )
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).double().norm() / expected.double().norm())

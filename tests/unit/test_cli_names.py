@@ -1,0 +1,69 @@
+"""The command line's own copies of names agree with the modules they name, and it starts without the heavy imports."""
+
+import json
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from kvprofile import cli, plans, solve
+from kvprofile.merging.policies import POLICIES
+from kvprofile.profile import Plan
+from kvprofile.runtime import settings
+
+HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "seaborn", "safetensors", "tokenizers"}
+
+
+def test_every_policy_has_its_name_on_the_command_line():
+    assert cli.POLICY_NAMES == (plans.AUTO, *POLICIES)
+
+
+def test_every_way_to_spend_a_budget_has_its_flag():
+    known = {
+        "shares": plans.SHARES,
+        "objective": tuple(plans.OBJECTIVES),
+        "granularity": solve.GRANULARITIES,
+        "mode": plans.MODES,
+    }
+    assert {name: set(choices) for name, (choices, _) in cli.PLAN_FLAGS.items()} == {
+        name: set(values) for name, values in known.items()
+    }
+    for name, (choices, text) in cli.PLAN_FLAGS.items():
+        assert len(set(choices)) == len(choices)
+        assert text.endswith(".")
+        # What can be asked for can be written down.
+        assert set(get_args(Plan.model_fields[name].annotation)) == set(choices)
+    assert set(settings.MODES) == set(plans.MODES)
+
+
+def _loaded(code):
+    """Run code in a fresh interpreter; returns its output and the top-level packages loaded at its end."""
+    script = f"""
+import json, sys
+try:
+    {code}
+except SystemExit as end:
+    assert not end.code, end.code
+print()
+print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    text, _, names = result.stdout.rstrip().rpartition("\n")
+    return text, set(json.loads(names))
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    _, names = _loaded("import kvprofile; kvprofile.__version__")
+    assert "kvprofile" in names
+    assert not names & (HEAVY | {"numpy", "pydantic", "click"})
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in cli.main.commands)], ids=" ".join
+)
+def test_help_loads_nothing_heavy(arguments):
+    text, names = _loaded(f"from kvprofile.cli import main; main({arguments!r})")
+    assert "click" in names
+    assert not names & (HEAVY | {"numpy"})
+    assert "kvprofile" in text or "Usage:" in text

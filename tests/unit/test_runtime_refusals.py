@@ -1,0 +1,438 @@
+"""What the runtime cannot do it says, in one line; it never gives wrong numbers instead."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    DiffLlamaConfig,
+    FalconConfig,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from kvprofile import KVMerger
+from kvprofile.errors import KVProfileError, MismatchError, UsageError
+from tests.unit.merge_reference import read, relative_error
+from tests.unit.tiny_models import VOCAB, random_model, tiny_model, tiny_text, uniform_values
+
+NOT_ATTACHED = "a merged cache was used with a model that is not attached"
+
+
+def merging(model: PreTrainedModel, policy: str = "gauss", share: float = 0.5) -> KVMerger:
+    return KVMerger.from_profile(uniform_values(model, policy, share=share)).attach(model)
+
+
+# -- the batch and the mask
+
+
+@pytest.mark.parametrize("tokens", [20, 120], ids=["short", "long"])
+@torch.no_grad()
+def test_a_padded_batch(tokens):
+    model, text = tiny_model(), tiny_text(tokens, batch=2)
+    mask = torch.ones_like(text)
+    mask[0, :7] = 0
+    cache = merging(model).cache()
+    with pytest.raises(KVProfileError, match="does not support padded batches"):
+        model(text, attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_batch_padded_after_the_prompt():
+    model, text = tiny_model(), tiny_text(120, batch=2)
+    cache = merging(model).cache()
+    model(text, past_key_values=cache)
+    mask = torch.ones(2, 121, dtype=torch.long)
+    mask[1, 120] = 0
+    with pytest.raises(KVProfileError, match="does not support padded batches"):
+        model(text[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_4d_mask(attention):
+    model, text = tiny_model(attention=attention), tiny_text(120)
+    cache = merging(model).cache()
+    mask = torch.zeros(1, 1, 120, 120).masked_fill(torch.ones(120, 120).triu(1).bool(), -1e9)
+    with pytest.raises(KVProfileError, match="custom 4D attention mask"):
+        model(text, attention_mask=mask, past_key_values=cache)
+
+
+# -- the cache and its model
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_a_cache_used_with_a_model_that_is_not_attached(layers):
+    model, other = (tiny_model(num_hidden_layers=layers, seed=seed) for seed in (0, 1))
+    text = tiny_text(130)
+    cache = merging(model).cache()
+    with pytest.raises(KVProfileError, match=NOT_ATTACHED):
+        read(other, cache, text, [120])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_a_cache_used_after_detach(layers):
+    model, text = tiny_model(num_hidden_layers=layers), tiny_text(121)
+    merger = merging(model)
+    cache = merger.cache()
+    model(text[:, :120], past_key_values=cache)
+    merger.detach()
+    # One layer or two: without our attention the merged slots would be left out.
+    with pytest.raises(KVProfileError, match=NOT_ATTACHED):
+        model(text[:, 120:], past_key_values=cache)
+
+
+def test_a_cache_before_attach():
+    merger = KVMerger.from_profile(uniform_values(tiny_model()))
+    with pytest.raises(KVProfileError, match=r"not attached to a model; call merger.attach\(model\) first"):
+        merger.cache()
+
+
+def test_a_cache_after_detach():
+    merger = merging(tiny_model())
+    merger.detach()
+    with pytest.raises(KVProfileError, match="not attached to a model"):
+        merger.cache()
+
+
+def test_attaching_twice():
+    model = tiny_model()
+    merger = merging(model)
+    with pytest.raises(KVProfileError, match="attached already"):
+        merger.attach(model)
+    merger.detach()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _failing(*_arguments: Any) -> None:
+    raise ZeroDivisionError("out of memory, say")
+
+
+@pytest.mark.parametrize("merged_before", [False, True], ids=["first forward", "later forward"])
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp"])
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_a_cache_whose_forward_failed_half_way(part, layer, merged_before):
+    model, text = tiny_model(num_hidden_layers=3), tiny_text(130)
+    merger = merging(model)
+    expected = read(model, merger.cache(), text, [120])
+    cache = merger.cache()
+    if merged_before:
+        model(text[:, :120], past_key_values=cache)
+    hook = model.get_submodule(f"model.layers.{layer}.{part}").register_forward_pre_hook(_failing)
+    with pytest.raises(ZeroDivisionError):
+        model(text[:, cache.get_seq_length() : 121], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(KVProfileError, match="failed half-way in an earlier forward"):
+        model(text[:, 120:121], past_key_values=cache)
+    assert torch.equal(read(model, merger.cache(), text, [120]), expected)
+
+
+@torch.no_grad()
+def test_a_cache_whose_batch_was_refused():
+    model, text = tiny_model(), tiny_text(60, batch=2)
+    mask = torch.ones_like(text)
+    mask[0, :7] = 0
+    cache = merging(model).cache()
+    with pytest.raises(KVProfileError, match="padded"):
+        model(text, attention_mask=mask, past_key_values=cache)
+    # The first layer has stored the refused batch: going on would be wrong.
+    with pytest.raises(KVProfileError, match=r"new merger\.cache\(\)"):
+        model(text, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_reset_mends_a_cache_whose_forward_failed():
+    model, text = tiny_model(), tiny_text(130)
+    merger = merging(model)
+    expected = read(model, merger.cache(), text, [120])
+    cache = merger.cache()
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(_failing)
+    with pytest.raises(ZeroDivisionError):
+        model(text, past_key_values=cache)
+    hook.remove()
+    cache.reset()
+    assert torch.equal(read(model, cache, text, [120]), expected)
+
+
+# -- what cannot be undone
+
+
+@pytest.mark.parametrize("tokens", [-1, 3])
+@torch.no_grad()
+def test_cropping(tokens):
+    model = tiny_model()
+    cache = merging(model).cache()
+    model(tiny_text(120), past_key_values=cache)
+    cache.crop(0)
+    assert cache.get_seq_length() == 120
+    with pytest.raises(KVProfileError, match="cannot be cropped"):
+        cache.crop(tokens)
+
+
+def test_assisted_generation():
+    model, text = tiny_model(), tiny_text(120)
+    with pytest.raises(KVProfileError, match="generate without an assistant model or prompt lookup"):
+        model.generate(text, past_key_values=merging(model).cache(), prompt_lookup_num_tokens=3, max_new_tokens=20)
+
+
+@torch.no_grad()
+def test_offloading():
+    model = tiny_model()
+    cache = merging(model).cache()
+    model(tiny_text(120), past_key_values=cache)
+    for action in (cache.layers[0].offload, cache.layers[0].prefetch, lambda: cache.offload(0)):
+        with pytest.raises(KVProfileError, match="cannot be offloaded"):
+            action()
+
+
+# -- the model
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", "something_unknown"])
+def test_an_attention_implementation_without_a_counterpart(implementation):
+    model = tiny_model()
+    merger = KVMerger.from_profile(uniform_values(model))
+    model.config._attn_implementation_internal = implementation
+    with pytest.raises(KVProfileError, match=f"'{implementation}'; load it with attn_implementation='sdpa' or 'eager'"):
+        merger.attach(model)
+    assert model.config._attn_implementation == implementation
+    model.config._attn_implementation_internal = "sdpa"
+    assert merger.attach(model).cache().get_seq_length() == 0
+
+
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def sinks_config() -> PreTrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    return GptOssConfig(**_SMALL, **_MIXED, num_local_experts=4, num_experts_per_tok=2, rope_parameters=rope)
+
+
+def sharing_config() -> PreTrainedConfig:
+    """The last two layers read the keys and values of the two before."""
+    return Gemma3nTextConfig(
+        **_SMALL,
+        **_MIXED,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+
+
+def mixing_config() -> PreTrainedConfig:
+    """Every layer calls attention twice, on halves of its values."""
+    return DiffLlamaConfig(**_SMALL)
+
+
+@torch.no_grad()
+def test_a_model_with_attention_sinks():
+    model, text = random_model(sinks_config(), attention="eager"), tiny_text(120)
+    cache = merging(model).cache()
+    with pytest.raises(KVProfileError, match="uses s_aux, which a merged cache does not support yet"):
+        model(text, past_key_values=cache)
+    stock = model(text).logits
+    keeping = KVMerger.from_profile(uniform_values(model)).attach(model)
+    assert torch.equal(model(text, past_key_values=keeping.cache()).logits, stock)
+
+
+@pytest.mark.parametrize("policy", ["gauss", "streaming"])
+@pytest.mark.parametrize("config", [sharing_config, mixing_config])
+@torch.no_grad()
+def test_a_model_that_uses_a_layers_keys_more_than_once(config: Callable[[], PreTrainedConfig], policy: str):
+    model, text = random_model(config()), tiny_text(121)
+    expected = model(text[:, :120]).logits
+    merger = KVMerger.from_profile(uniform_values(model, policy, share=0.5))
+    try:
+        cache = merger.attach(model).cache()
+        prompt = model(text[:, :120], past_key_values=cache).logits
+        model(text[:, 120:], past_key_values=cache)
+    except KVProfileError:
+        return
+    # Not refused: then the prompt must have been read exactly.
+    assert relative_error(prompt, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
+        FalconConfig(
+            vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, multi_query=False, alibi=False
+        ),
+    ],
+    ids=["bloom", "falcon"],
+)
+def test_a_model_that_bypasses_the_attention_interface(config):
+    model = random_model(config, attention="eager")
+    merger = KVMerger.from_profile(uniform_values(model, share=0.5))
+    with pytest.raises(KVProfileError):
+        merger.attach(model)
+
+
+# -- the profile
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 3}, "layers is 2 in the profile and 3 in the model"),
+        ({"num_key_value_heads": 4}, "kv heads is 2 in the profile and 4 in the model"),
+        ({"head_dim": 32}, "head dim is 16 in the profile and 32 in the model"),
+        ({"rope_theta": 5e5}, "rope is"),
+        ({"intermediate_size": 128}, "the configurations differ"),
+    ],
+    ids=str,
+)
+def test_a_profile_of_another_model(changes, told):
+    merger = KVMerger.from_profile(uniform_values(tiny_model()))
+    other = tiny_model(**changes)
+    with pytest.raises(MismatchError, match=f"made for tiny and does not fit this model: {told}"):
+        merger.attach(other)
+    assert other.config._attn_implementation == "sdpa"
+    merger.attach(tiny_model())
+
+
+def test_a_profile_of_another_architecture():
+    merger = KVMerger.from_profile(uniform_values(tiny_model("llama")))
+    with pytest.raises(MismatchError, match="architecture is Llama in the profile and Qwen3 in the model"):
+        merger.attach(tiny_model("qwen3"))
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_a_profile_of_another_version(version):
+    values = {**uniform_values(tiny_model()), "schema_version": version}
+    with pytest.raises(MismatchError, match=f"has schema version {version}, this runtime reads version 1"):
+        KVMerger.from_profile(values)
+
+
+def keys_of(values: dict[str, Any]) -> list[list[str | int]]:
+    """The places of every key the runtime reads."""
+    found: list[list[str | int]] = []
+    for place in ([], ["model"], ["policies", "gauss"], ["policies", "gauss", "protection"], ["plan"]):
+        part = values
+        for step in place:
+            part = part[step]
+        found += [[*place, key] for key in part]
+    found += [["plan", "layers", 1, key] for key in ("layer", "heads")]
+    found += [["plan", "layers", 1, "heads", 0, key] for key in ("policy", "epsilon", "share")]
+    return found
+
+
+# Missing, these are either filled in or tested above.
+_HAVE_DEFAULTS = ("schema_version", "model_type", "affinity", "rule", "first", "recent", "recent_share", "heavy_share")
+_NEEDED = [place for place in keys_of(uniform_values(tiny_model())) if place[-1] not in _HAVE_DEFAULTS]
+
+
+@pytest.mark.parametrize("place", _NEEDED, ids=lambda place: ".".join(map(str, place)))
+def test_a_profile_with_a_key_missing(place):
+    model = tiny_model()
+    values = copy.deepcopy(uniform_values(model))
+    part = values
+    for step in place[:-1]:
+        part = part[step]
+    del part[place[-1]]
+
+    with pytest.raises(MismatchError, match=str(place[-1])):
+        KVMerger.from_profile(values).attach(model)
+
+
+@pytest.mark.parametrize("key", ["plan", "model", "policies"])
+@pytest.mark.parametrize("value", [None, [], "", 3], ids=repr)
+def test_a_profile_with_a_part_of_the_wrong_kind(key, value):
+    with pytest.raises(MismatchError, match="the profile is damaged"):
+        KVMerger.from_profile({**uniform_values(tiny_model()), key: value})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (["plan", "mode"], "fast", "unknown mode 'fast'; expected one of threshold, exact"),
+        (["plan", "layers", 0, "heads", 0, "share"], 1.5, "share outside 0 to 1"),
+        (["plan", "layers", 0, "heads", 0, "share"], float("nan"), "share outside 0 to 1"),
+        (["plan", "layers", 0, "heads", 0, "epsilon"], float("nan"), "layer 0 has a threshold that is no number"),
+        (["plan", "layers", 0, "heads", 0, "epsilon"], "high", "high"),
+        (["plan", "layers", 0, "heads", 0, "policy"], "best", "best"),
+        (["plan", "layers", 0, "heads"], [], "has 0 heads, expected 2"),
+        (["plan", "layers", 0, "layer"], 7, "layer"),
+        (["policies", "gauss", "rule"], "cluster", "unknown rule 'cluster'"),
+        (["policies", "gauss", "affinity"], "taste", "unknown affinity 'taste'"),
+        (["policies", "gauss", "combination", "weights"], "best", "unknown weights 'best'"),
+        (["policies", "gauss", "combination", "sigma"], 0, "sigma must be above 0"),
+        (["policies", "gauss", "surprise"], 1, "surprise"),
+    ],
+    ids=str,
+)
+def test_a_profile_with_a_value_that_cannot_be(place, value, told):
+    model = tiny_model()
+    values = copy.deepcopy(uniform_values(model))
+    part = values
+    for step in place[:-1]:
+        part = part[step]
+    part[place[-1]] = value
+    with pytest.raises(MismatchError, match=told):
+        KVMerger.from_profile(values).attach(model)
+
+
+def test_an_unknown_mode_asked_for():
+    with pytest.raises(UsageError, match="unknown mode 'fast'; expected one of threshold, exact") as caught:
+        KVMerger.from_profile(uniform_values(tiny_model()), mode="fast")
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_that_is_cut_off(tmp_path):
+    path = tmp_path / "profile.json"
+    text = json.dumps(uniform_values(tiny_model()))
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        path.write_text(text[:length])
+        with pytest.raises(MismatchError, match="is not a complete JSON file"):
+            KVMerger.from_profile(path)
+    path.write_text(text)
+    assert KVMerger.from_profile(str(path)).settings.model_name == "tiny"
+
+
+def test_a_file_that_is_no_profile(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text("[1, 2]")
+    with pytest.raises(MismatchError, match="is not a kvprofile profile"):
+        KVMerger.from_profile(path)
+    path.write_text('{"hello": 1}')
+    with pytest.raises(MismatchError, match="schema version None"):
+        KVMerger.from_profile(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(KVProfileError, match="cannot read the profile"):
+        KVMerger.from_profile(path)
+    with pytest.raises(KVProfileError, match="cannot read the profile"):
+        KVMerger.from_profile(tmp_path / "nowhere.json")
+
+
+def test_every_message_is_one_line():
+    model = tiny_model()
+    merger = merging(model)
+    for action in (lambda: merger.attach(model), lambda: KVMerger.from_profile({}), lambda: merger.cache().crop(-1)):
+        with pytest.raises(KVProfileError) as caught:
+            action()
+        assert "\n" not in str(caught.value)
