@@ -90,7 +90,7 @@ def main() -> None:
             loaded.model,
             DynamicCache(config=loaded.model.config),
             probe,
-            lambda cache: sizes.append(stock_bytes(cache)),
+            lambda cache: sizes.append(stock_bytes(cache)),  # noqa: B023
         )
         for budget in arguments.budgets:
             for name, values in plans(profile, damage, budget, arguments.plans).items():

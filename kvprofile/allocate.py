@@ -115,7 +115,9 @@ def _prices(
     def dual(price: float, chosen: NDArray[np.int64]) -> float:
         return float((envelope[np.arange(len(chosen)), chosen] + price * shares[chosen]).sum() - price * wanted)
 
-    low, high = 0.0, float(envelope[:, 0][np.isfinite(envelope[:, 0])].max(initial=1.0)) / (shares[-1] / STEPS) + 1.0
+    # Above the steepest slope there is, every head takes its least share.
+    fall = float(np.where(np.isfinite(envelope), envelope, 0).max(initial=0.0))
+    low, high = 0.0, 1.0 + fall / float(np.diff(shares).min(initial=1.0))
     cheap, dear = choices(low), choices(high)
     bound = max(dual(low, cheap), dual(high, dear))
     if shares[cheap].sum() <= wanted:

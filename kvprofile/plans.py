@@ -86,6 +86,11 @@ def make_plan(
             share = solve(thresholds, ratios, budget, shares=shares, granularity=granularity).share
         elif shares == "common":
             raise UsageError(f"the policy {name} goes by {policies[name].affinity}, which has no common threshold")
+        elif budget < (least := _floor(policies[name].protection, tokens)):
+            raise MismatchError(
+                f"budget {budget:g} is out of reach: protected tokens keep at least {least:.3f} of the slots of every head; "
+                f"ask for a budget from {math.ceil(least * 1000) / 1000:.3f} to 1"
+            )
     cosine = np.vectorize(lambda name: policies[name].affinity == "cosine")(chosen)
     if mode == "threshold" and not (cosine | (share >= 1)).all():
         raise UsageError(

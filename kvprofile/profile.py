@@ -91,7 +91,7 @@ class CombinationFacts(_Strict):
     """How a set becomes a slot."""
 
     weights: Literal["gaussian", "attention", "average", "pivot"]
-    sigma: float | Literal["mean", "rms"]
+    sigma: Annotated[float, Field(gt=0)] | Literal["mean", "rms"]
     keep_pivot_key: bool
     scale_values: bool
     bias: Literal["count", "attention", "none"]
@@ -104,6 +104,12 @@ class PolicyFacts(_Strict):
     rule: Literal["chain", "anchor", "complete", "drop"]
     protection: ProtectionFacts
     combination: CombinationFacts
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.rule in ("anchor", "complete") and self.affinity != "cosine":
+            raise ValueError(f"the rule {self.rule} goes by cosine, not by {self.affinity}")
+        return self
 
 
 class LayerStatistics(_Strict):
@@ -369,7 +375,7 @@ def load_arrays(profile: Profile, path: str | Path) -> dict[str, "np.ndarray"]:
 
     arrays = profile.statistics.arrays
     if arrays is None:
-        raise KVProfileError(f"{path} names no arrays file; calibrate without --no-arrays to get one")
+        raise KVProfileError(f"{path} names no arrays file; calibrate anew to get one")
     file = Path(path).parent / arrays.file
     if not file.exists():
         raise KVProfileError(f"{file} is missing; it belongs beside {path}: copy it there or calibrate anew")

@@ -63,12 +63,9 @@ def read_probe(
 
 def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> list[tuple[Tensor, ...]]:
     """Gradients of the log-probability of drawn tokens with respect to the attention outputs, one tuple per draw."""
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    generator = torch.Generator(device=logits.device).manual_seed(seed)
-    drawn = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
-    return [
-        torch.autograd.grad(
-            log_probabilities.gather(1, drawn[:, draw : draw + 1]).sum(), outputs, retain_graph=draw < DRAWS - 1
-        )
-        for draw in range(DRAWS)
-    ]
+    with torch.enable_grad():  # whatever the caller's mode, like the forward the logits come from
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+        generator = torch.Generator(device=logits.device).manual_seed(seed)
+        drawn = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
+        chosen = [log_probabilities.gather(1, drawn[:, draw : draw + 1]).sum() for draw in range(DRAWS)]
+    return [torch.autograd.grad(total, outputs, retain_graph=draw < DRAWS - 1) for draw, total in enumerate(chosen)]

@@ -1,6 +1,7 @@
 """What the command line prints: tables and verdicts for people on stderr or stdout, JSON where asked."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from kvprofile.profile import Check, Profile
+from kvprofile.profile import Check, HeadPlan, Profile
 
 if TYPE_CHECKING:
     from kvprofile.generate import Generation
@@ -35,23 +36,20 @@ def show(profile: Profile) -> None:
     plan, facts = profile.plan, profile.model
     console.print(
         f"[bold]{facts.name}[/] ({facts.architecture}, {facts.layers} layers x {facts.kv_heads} KV heads), "
-        f"budget {plan.budget:g}, {plan.mode} mode, {plan.shares} shares by {plan.granularity}"
+        f"budget {plan.budget:g}, "
+        f"{plan.mode} mode, policy {plan.policy}, shares by {plan.shares} for every {plan.granularity}"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("", min_width=BAR)
-    table.add_column("epsilon", justify="right")
-    table.add_column("epsilon of each head")
-    table.add_column("policies")
+    table.add_column("", min_width=BAR, no_wrap=True)
+    table.add_column("heads", overflow="fold")
     for layer in plan.layers:
         table.add_row(
             str(layer.layer),
             f"{layer.share:.3f}",
             "█" * round(layer.share * BAR) or "▏",
-            _epsilon(layer.epsilon),
-            " ".join(_epsilon(head.epsilon) for head in layer.heads),
-            ", ".join(sorted({head.policy for head in layer.heads})),
+            _heads(layer.heads, plan.mode),
         )
     console.print(table)
     console.print(_verdict(profile))
@@ -125,5 +123,13 @@ def _persistence(profile: Profile) -> Table:
     return table
 
 
-def _epsilon(epsilon: float | None) -> str:
-    return "-" if epsilon is None else f"{epsilon:.3f}"
+def _heads(heads: Sequence[HeadPlan], mode: str) -> str:
+    """What each head does, or, where there are many, how many follow which policy."""
+    if len(heads) > 4:
+        counts = Counter(head.policy for head in heads)
+        shares = [head.share for head in heads]
+        parts = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        return f"{min(shares):.2f}-{max(shares):.2f}: {parts}"
+    if mode == "threshold":
+        return ", ".join(f"{head.policy} {'-' if head.epsilon is None else f'{head.epsilon:.3f}'}" for head in heads)
+    return ", ".join(f"{head.share:.2f} {head.policy}" for head in heads)

@@ -132,14 +132,16 @@ def _drop(probe: _Probed, policy: Policy) -> NDArray[np.float64]:
     part, recent, heavy = probe.split(policy)
     aged = part.keys.shape[2]
     affinity = AFFINITIES[policy.affinity](part)[0]
-    affinity = affinity.masked_fill(protected_tokens(policy.protection, part, heavy)[0], -torch.inf)
+    protected = protected_tokens(policy.protection, part, heavy)[0]
+    affinity = affinity.masked_fill(protected, -torch.inf)
+    least = int(protected.sum(-1).max())
     order = affinity.argsort(dim=-1, stable=True, descending=True).flip(-1)
     values = part.values[0].float().gather(1, order[..., None].expand(-1, -1, part.values.shape[-1]))
     weights = probe.weights[:, :, :aged].gather(2, order[:, None, :].expand(-1, probe.weights.shape[1], -1))
     above, below = probe.recent(aged)
     errors, low = [], 0
     for budget in BUDGETS:
-        high = min(aged, max(low, round(budget * (aged + recent)) - recent))
+        high = min(aged, max(low, least, round(budget * (aged + recent)) - recent))
         above = above + weights[:, :, low:high] @ values[:, low:high]
         below = below + weights[:, :, low:high].sum(-1, keepdim=True)
         errors.append(probe.error(above, below))

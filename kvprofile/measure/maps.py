@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-CELLS = 48
+CELLS = 40
 
 
 class SimilarityMap:

@@ -15,14 +15,8 @@ def smollm2():
 @pytest.fixture(scope="session")
 def calibrated(smollm2, tmp_path_factory) -> Path:
     """A profile of SmolLM2 at budget 0.5, with its arrays beside it."""
-    samples = kvprofile.make_samples(
-        kvprofile.load_documents("builtin"),
-        smollm2.tokenizer,
-        samples=8,
-        tokens=512,
-        held_out=3,
-        continuation=64,
-    )
+    documents = kvprofile.load_documents("builtin")
+    samples = kvprofile.make_samples(documents, smollm2.tokenizer, samples=3, tokens=512, held_out=2, continuation=64)
     profile, arrays = kvprofile.calibrate(smollm2, samples, budget=0.5)
     path = tmp_path_factory.mktemp("profile") / "smollm2.json"
     kvprofile.save_profile(profile, arrays, path)

@@ -54,8 +54,8 @@ def grid_of(floor, cap=1.0, steps=COARSE):
 
 
 @st.composite
-def problems(draw, heads=st.integers(1, 6)):
-    count, policies, points = draw(heads), draw(st.integers(1, 3)), draw(st.integers(2, 6))
+def problems(draw, least=1, most=6):
+    count, policies, points = draw(st.integers(least, most)), draw(st.integers(1, 3)), draw(st.integers(2, 6))
     budgets = np.array(sorted(draw(st.sets(st.integers(1, 19), min_size=points, max_size=points)))) / 20
     floor = np.array(draw(st.lists(st.floats(0, 0.3), min_size=policies, max_size=policies)))
     cap = draw(st.sampled_from([1.0, 1.0, 0.95, 0.6]))
@@ -89,7 +89,7 @@ def test_the_budget_is_spent_to_the_last_slot_within_floor_and_cap(problem):
 
 
 @settings(PROPERTY, max_examples=60)
-@given(problem=problems(st.integers(2, 4)))
+@given(problem=problems(2, 4))
 def test_the_bound_is_below_the_best_of_all_allocations_and_the_answer_above(problem):
     budgets, damage, floor, cap, budget = problem
     with pytest.MonkeyPatch.context() as patch:

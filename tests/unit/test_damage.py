@@ -153,10 +153,10 @@ def test_gradients_are_the_slope_of_the_drawn_tokens_log_probability(monkeypatch
         assert reading.gradients.shape == (DRAWS, len(probe.tokens), 4, 16)
         direction = torch.randn(reading.gradients.shape[1:], generator=generator, dtype=torch.float64)
         direction[:, 2:] *= 3  # heads are told apart
-        step = 1e-7
+        step = 1e-3  # norms are computed in single precision even in a double model
         measured = (log_probability(layer, step * direction) - log_probability(layer, -step * direction)) / (2 * step)
         expected = (reading.gradients.double() * direction).sum((1, 2, 3))
-        assert relative_error(measured, expected) < 1e-3
+        assert relative_error(measured, expected) < 2e-4
         assert expected.abs().min() > 0.1
 
 

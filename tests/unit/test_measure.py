@@ -91,7 +91,9 @@ def test_similarity_by_distance_is_the_mean_of_the_diagonals(lengths):
     samples = [_keys(seed, tokens) for seed, tokens in enumerate(lengths)]
     for keys in samples:
         accumulator.update(1, keys)
-    found = accumulator.finish()["similarity_by_distance"]
+    arrays = accumulator.finish()
+    assert arrays["distances"].tolist() == list(range(1, 40))
+    found = arrays["similarity_by_distance"]
     assert found.shape == (LAYERS, HEADS, 39)
     assert not found[0].any()
     for head in range(HEADS):
@@ -99,6 +101,28 @@ def test_similarity_by_distance_is_the_mean_of_the_diagonals(lengths):
             pairs = [np.diagonal(_gram(keys)[head], -distance) for keys in samples]
             expected = np.concatenate(pairs).mean() if sum(map(len, pairs)) else 0.0
             assert found[1, head, distance - 1] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 66, 300, 2048])
+def test_long_distances_are_thinned_out_and_keep_their_own_similarity(tokens):
+    accumulator = SimilarityByDistance(1, HEADS, tokens)
+    keys = _keys(7, tokens)
+    accumulator.update(0, keys)
+    arrays = accumulator.finish()
+    distances, found = arrays["distances"], arrays["similarity_by_distance"]
+    near = min(64, tokens - 1)
+    assert distances[:near].tolist() == list(range(1, near + 1))
+    assert (np.diff(distances) > 0).all()
+    assert distances[-1] == tokens - 1
+    assert found.shape == (1, HEADS, len(distances))
+    # About 32 to every doubling: steps of at most 2.2%, give or take the rounding.
+    assert (np.diff(distances[near:]) <= 0.022 * distances[near:-1] + 1).all()
+    assert len(distances) <= 64 + 1 + 32 * max(0, np.log2(tokens / 64))
+    gram = _gram(keys)
+    for place in (0, near - 1, len(distances) // 2, -2, -1):
+        for head in range(HEADS):
+            expected = np.diagonal(gram[head], -int(distances[place])).mean()
+            assert found[0, head, place] == pytest.approx(expected, abs=5e-4)  # single precision, few pairs
 
 
 # Similarity maps.
@@ -247,7 +271,12 @@ def test_statistics_see_what_each_measure_sees():
         assert (found[name] == accumulator.finish()[name]).all()
         assert found[name][1].any()
     assert sorted(found) == sorted(
-        [*single, "value_histogram", *(f"ratio_{part}.{rule}" for part in ("mean", "std") for rule in RULES)]
+        [
+            *single,
+            "distances",
+            "value_histogram",
+            *(f"ratio_{part}.{rule}" for part in ("mean", "std") for rule in RULES),
+        ]
     )
 
 
@@ -255,6 +284,7 @@ def test_statistics_without_rules_measure_similarity_only():
     statistics = Statistics(LAYERS, HEADS, 70, POLICIES["gauss"], rules=())
     statistics.update(0, "essay", _call(1, 70))
     assert sorted(statistics.finish()) == [
+        "distances",
         "key_histogram",
         "similarity_by_distance",
         "similarity_map",

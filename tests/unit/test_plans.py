@@ -1,5 +1,7 @@
 """Plans: what was solved is what is written down, and what cannot be planned is told with the next step."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,7 @@ def heads_of(plan):
 def straight(curve, share):
     """Damage at a share, by straight lines between the measured budgets and to 0 at 1."""
     points = [*zip(BUDGETS, curve, strict=True), (1.0, 0.0)]
-    for (low, above), (high, below) in zip(points, points[1:], strict=False):
+    for (low, above), (high, below) in pairwise(points):
         if low <= share <= high:
             return above + (below - above) * (share - low) / (high - low)
     return curve[0]
@@ -295,7 +297,7 @@ def test_a_model_without_full_attention_is_told_in_one_line():
     values["model"]["attention"] = ["sliding_attention"] * 2
     values["plan"]["layers"] = []
     profile = Profile.model_validate(values)
-    with pytest.raises(KVProfileError, match="no full-attention layer.* use its stock cache"):
+    with pytest.raises(KVProfileError, match=r"no full-attention layer.* use its stock cache"):
         replan(profile, None, 0.5)
 
 
@@ -352,5 +354,5 @@ def test_policies_without_thresholds_are_planned_in_exact_mode(name):
     if POLICIES[name].affinity == "cosine":
         assert make_plan(*arguments, **choices, mode="threshold").mode == "threshold"
     else:
-        with pytest.raises(UsageError, match="threshold mode needs policies that go by cosine.* exact mode"):
+        with pytest.raises(UsageError, match=r"threshold mode needs policies that go by cosine.* exact mode"):
             make_plan(*arguments, **choices, mode="threshold")
