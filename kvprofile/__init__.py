@@ -8,22 +8,23 @@ if TYPE_CHECKING:
     from kvprofile.calibrate import calibrate
     from kvprofile.models import load_model
     from kvprofile.plans import replan
-    from kvprofile.profile import Profile, load_arrays, load_profile, save_profile
+    from kvprofile.profile import Profile
     from kvprofile.runtime.merger import KVMerger
     from kvprofile.samples import load_documents, make_samples
+    from kvprofile.storage import load_arrays, load_profile, save_profile
 
 # Names are imported when first used: `import kvprofile` and `kvprofile --help` load no torch.
 _HOMES = {
     "KVMerger": "kvprofile.runtime.merger",
     "Profile": "kvprofile.profile",
     "calibrate": "kvprofile.calibrate",
-    "load_arrays": "kvprofile.profile",
+    "load_arrays": "kvprofile.storage",
     "load_documents": "kvprofile.samples",
     "load_model": "kvprofile.models",
-    "load_profile": "kvprofile.profile",
+    "load_profile": "kvprofile.storage",
     "make_samples": "kvprofile.samples",
     "replan": "kvprofile.plans",
-    "save_profile": "kvprofile.profile",
+    "save_profile": "kvprofile.storage",
 }
 
 __all__ = [

@@ -9,34 +9,10 @@ from typing import Any, TypeVar
 import click
 
 from kvprofile import __version__
+from kvprofile.cli_options import PLAN_FLAGS, POLICY_NAMES, model_options, plan_choices, plan_options
 from kvprofile.errors import KVProfileError, UsageError
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
-
-# Kept in step with the modules they name by a test: importing those here would load torch.
-POLICY_NAMES = (
-    "auto",
-    "gauss",
-    "attention",
-    "absorb",
-    "average",
-    "pivot",
-    "pivot-key",
-    "kvmerger",
-    "kvmerger-printed",
-    "h2o",
-    "value-attention",
-    "snapkv",
-    "snapkv-128",
-    "streaming",
-)
-PLAN_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
-    "shares": (("damage", "uniform", "common"), "By measured damage, the same for all, or one threshold for all."),
-    "objective": (("balanced", "recall", "continuation"), "Which damage counts."),
-    "granularity": (("head", "layer"), "What gets a share of its own."),
-    "mode": (("exact", "threshold"), "Meet shares to the slot, or let slots emerge from thresholds."),
-}
 
 
 class _Group(click.Group):
@@ -72,32 +48,6 @@ def _budget(_ctx: click.Context, _param: click.Parameter, value: float) -> float
     from kvprofile.solve import check_budget
 
     return check_budget(value)
-
-
-def model_options(command: F) -> F:
-    """The flags that say how a model is loaded."""
-    for option in (
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto."),
-        click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto."),
-        click.option("--device-map", metavar="MAP", help="Spread a large model with accelerate, for example auto."),
-        click.option("--allow-pickle", is_flag=True, help="Load weights from pickle files, which can run code."),
-    ):
-        command = option(command)
-    return command
-
-
-def plan_options(command: F) -> F:
-    """The flags that say how the budget is spent; unset ones are left to the call."""
-    for name, (choices, text) in PLAN_FLAGS.items():
-        command = click.option(f"--{name}", type=click.Choice(choices), help=text)(command)
-    return command
-
-
-def _plan_choices(options: dict[str, Any]) -> dict[str, str]:
-    """Take the plan's flags that were given out of `options`."""
-    taken = {name: options.pop(name) for name in PLAN_FLAGS}
-    return {name: value for name, value in taken.items() if value is not None}
 
 
 def _load(model: str, options: dict[str, Any], log: Callable[[str], None]) -> Any:
@@ -180,11 +130,11 @@ def calibrate(
     _check_writable(output, force)
     from kvprofile import terminal
     from kvprofile.calibrate import calibrate as run
-    from kvprofile.profile import save_profile
     from kvprofile.samples import load_documents, make_samples
+    from kvprofile.storage import save_profile
 
     log = _silent if quiet else _log
-    choices = _plan_choices(options)
+    choices = plan_choices(options)
     documents = load_documents(data, column=column, seed=seed)
     loaded = _load(model, options, log)
     blocks = make_samples(
@@ -241,12 +191,12 @@ def plan(
     """
     from kvprofile import terminal
     from kvprofile.plans import replan
-    from kvprofile.profile import carry_arrays, load_arrays, load_profile
+    from kvprofile.storage import carry_arrays, load_arrays, load_profile
 
     _check_writable(output, force)
     loaded = load_profile(profile)
     damage = load_arrays(loaded, profile)["damage_mean"] if loaded.statistics.damage else None
-    planned = replan(loaded, damage, budget, policy=policy, **_plan_choices(options))
+    planned = replan(loaded, damage, budget, policy=policy, **plan_choices(options))
     carry_arrays(planned, profile, output)
     planned.save(output, force=force)
     if as_json:
@@ -265,7 +215,7 @@ def show(profile: Path, as_json: bool) -> None:
       kvprofile show profile.json
     """
     from kvprofile import terminal
-    from kvprofile.profile import load_profile
+    from kvprofile.storage import load_profile
 
     loaded = load_profile(profile)
     if as_json:
@@ -288,8 +238,8 @@ def report(profile: Path, output: Path | None, layers: str | None, heads: str | 
     Example:
       kvprofile report profile.json -o plots --layers 0,7,14 --heads 0,1
     """
-    from kvprofile.profile import load_arrays, load_profile
     from kvprofile.report.plots import write_plots
+    from kvprofile.storage import load_arrays, load_profile
 
     loaded = load_profile(profile)
     folder = output or profile.with_name(f"{profile.stem}-report")
@@ -311,7 +261,7 @@ def validate(profile: Path, model: str, revision: str | None) -> None:
     """
     from kvprofile.fingerprint import model_facts
     from kvprofile.models import load_config
-    from kvprofile.profile import load_arrays, load_profile
+    from kvprofile.storage import load_arrays, load_profile
 
     loaded = load_profile(profile)
     if loaded.statistics.arrays is not None:
@@ -371,7 +321,7 @@ def generate(
 def models(as_json: bool) -> None:
     """List the model aliases. Any hub id, local folder or .gguf file works as well."""
     from kvprofile import terminal
-    from kvprofile.models import known_models
+    from kvprofile.model_names import known_models
 
     terminal.models(known_models(), as_json)
 

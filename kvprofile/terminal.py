@@ -13,7 +13,7 @@ from kvprofile.profile import Check, HeadPlan, Profile
 
 if TYPE_CHECKING:
     from kvprofile.generate import Generation
-    from kvprofile.models import Alias
+    from kvprofile.model_names import Alias
 
 BAR = 20
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from kvprofile import cli, plans, solve
+from kvprofile import cli, cli_options, plans, solve
 from kvprofile.merging.policies import POLICIES
 from kvprofile.profile import Plan
 from kvprofile.runtime import settings
@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "
 
 
 def test_every_policy_has_its_name_on_the_command_line():
-    assert (plans.AUTO, *POLICIES) == cli.POLICY_NAMES
+    assert (plans.AUTO, *POLICIES) == cli_options.POLICY_NAMES
 
 
 def test_every_way_to_spend_a_budget_has_its_flag():
@@ -26,10 +26,10 @@ def test_every_way_to_spend_a_budget_has_its_flag():
         "granularity": solve.GRANULARITIES,
         "mode": plans.MODES,
     }
-    assert {name: set(choices) for name, (choices, _) in cli.PLAN_FLAGS.items()} == {
+    assert {name: set(choices) for name, (choices, _) in cli_options.PLAN_FLAGS.items()} == {
         name: set(values) for name, values in known.items()
     }
-    for name, (choices, text) in cli.PLAN_FLAGS.items():
+    for name, (choices, text) in cli_options.PLAN_FLAGS.items():
         assert len(set(choices)) == len(choices)
         assert text.endswith(".")
         # What can be asked for can be written down.

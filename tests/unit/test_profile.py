@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import sha256_of
 from kvprofile.fingerprint import difference, model_facts
-from kvprofile.profile import ModelFacts, Profile, load_arrays, load_profile, save_profile
+from kvprofile.profile import ModelFacts, Profile
+from kvprofile.storage import load_arrays, load_profile, save_profile
 from tests.unit.builders import THRESHOLDS, build_profile
 from tests.unit.reference import PROPERTY
 
