@@ -1,6 +1,7 @@
 """Plots of a profile: similarity maps as in the paper's Fig. 2, compression ratios as in its Fig. 3, and the plan."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -139,16 +140,23 @@ def plan_map(profile: Profile) -> Figure:
     return figure
 
 
-def distance_curves(
-    distances: NDArray[np.generic], similarity: NDArray[np.generic], layers: list[int], heads: list[int]
-) -> Figure:
+def distance_curves(distances: NDArray[Any], similarity: NDArray[Any], layers: list[int], heads: list[int]) -> Figure:
     """Mean key similarity against distance in tokens."""
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axis = figure.subplots()
+    # Beyond, a distance is the mean of few pairs, all with the text's first tokens.
+    shown = distances <= 0.9 * distances.max()
     colours = sns.color_palette("viridis", len(layers))
     for layer, colour in zip(layers, colours, strict=True):
         for head, style in zip(heads, ("-", "--", ":", "-.") * len(heads), strict=False):
-            axis.plot(distances, similarity[layer, head], style, color=colour, linewidth=1, label=f"{layer} / {head}")
+            axis.plot(
+                distances[shown],
+                similarity[layer, head][shown],
+                style,
+                color=colour,
+                linewidth=1,
+                label=f"{layer} / {head}",
+            )
     axis.set_xscale("log")
     axis.set_xlabel("distance in tokens")
     axis.set_ylabel("mean cosine of keys")
