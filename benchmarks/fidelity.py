@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 import kvprofile
 from kvprofile.evaluate.check import bootstrap, run_merged, stock_bytes
-from kvprofile.evaluate.fidelity import distance, make_probe, read_through
+from kvprofile.evaluate.fidelity import distance, make_trial, read_through
 from kvprofile.merging.policies import POLICIES
 from kvprofile.plans import replan
 from kvprofile.runtime.merger import KVMerger
@@ -69,7 +69,7 @@ def main() -> None:
     profile = kvprofile.load_profile(arguments.profile)
     damage = kvprofile.load_arrays(profile, arguments.profile).get("damage_mean")
     loaded = kvprofile.load_model(arguments.model or profile.model.name)
-    probes = []
+    trials = []
     for text in arguments.text or ["builtin=builtin"]:
         kind, spec = text.split("=", 1)
         blocks = kvprofile.make_samples(
@@ -82,20 +82,20 @@ def main() -> None:
             seed=arguments.seed,
         )
         for index, sample in enumerate(blocks.calibration):
-            probes.append((kind, make_probe(sample.context, sample.continuation, arguments.seed * 1000 + index)))
+            trials.append((kind, make_trial(sample.context, sample.continuation, arguments.seed * 1000 + index)))
     rows: list[dict[str, Any]] = []
-    for index, (kind, probe) in enumerate(probes):
+    for index, (kind, trial) in enumerate(trials):
         sizes: list[int] = []
         reference = read_through(
             loaded.model,
             DynamicCache(config=loaded.model.config),
-            probe,
+            trial,
             lambda cache: sizes.append(stock_bytes(cache)),  # noqa: B023
         )
         for budget in arguments.budgets:
             for name, values in plans(profile, damage, budget, arguments.plans).items():
                 merged, slots, size = run_merged(
-                    loaded.model, KVMerger.from_profile(values), probe, profile.attention_layers()
+                    loaded.model, KVMerger.from_profile(values), trial, profile.attention_layers()
                 )
                 recall, continuation = (distance(*pair) for pair in zip(reference, merged, strict=True))
                 row = {"document": index, "kind": kind, "budget": budget, "plan": name, "slots": slots}

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvprofile.evaluate.fidelity import Distance, Probe, distance, make_probe, read_through
+from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, read_through
 from kvprofile.plans import replan
 from kvprofile.profile import Achieved, Check, Fidelity, ModeCheck, Profile
 from kvprofile.runtime.merger import KVMerger
@@ -46,12 +46,12 @@ def check_profile(
         del mergers["uniform"]
     results: dict[str, list[_Result]] = {name: [] for name in mergers}
     for index, sample in enumerate(track(held_out, "check")):
-        probe = make_probe(sample.context, sample.continuation, seed=seed * 1_000_003 + index)
+        trial = make_trial(sample.context, sample.continuation, seed=seed * 1_000_003 + index)
         full: list[int] = []
         stock = DynamicCache(config=model.config)
-        reference = read_through(model, stock, probe, lambda cache: full.append(stock_bytes(cache)))  # noqa: B023
+        reference = read_through(model, stock, trial, lambda cache: full.append(stock_bytes(cache)))  # noqa: B023
         for name, merger in mergers.items():
-            rows, ratio, size = run_merged(model, merger, probe, profile.attention_layers())
+            rows, ratio, size = run_merged(model, merger, trial, profile.attention_layers())
             recall, continuation = (distance(*pair) for pair in zip(reference, rows, strict=True))
             results[name].append(_Result(ratio, size / full[0], recall, continuation))
     modes = {name: _mode_check(rows, profile.plan.budget) for name, rows in results.items()}
@@ -84,9 +84,9 @@ class _Result:
 
 
 def run_merged(
-    model: PreTrainedModel, merger: KVMerger, probe: Probe, layers: Sequence[int]
+    model: PreTrainedModel, merger: KVMerger, trial: Trial, layers: Sequence[int]
 ) -> tuple[tuple[Tensor, Tensor], float, int]:
-    """One probe through one merger.
+    """One trial through one merger.
 
     Returns the log-probabilities of recall and continuation, slots over tokens of `layers` after the context, and the
     bytes allocated then.
@@ -95,12 +95,12 @@ def run_merged(
 
     def after_context(cache: Cache) -> None:
         slots = cache.slots()
-        ratio = float(np.mean([slots[layer] for layer in layers])) / len(probe.context)
+        ratio = float(np.mean([slots[layer] for layer in layers])) / len(trial.context)
         measured.append((ratio, cache.nbytes()))
 
     merger.attach(model)
     try:
-        rows = read_through(model, merger.cache(), probe, after_context)
+        rows = read_through(model, merger.cache(), trial, after_context)
     finally:
         merger.detach()
     return rows, *measured[0]

@@ -20,7 +20,7 @@ PASSAGE_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Probe:
+class Trial:
     """A context `(tokens,)` and what is read after it: `recall` and `continuation`, each `(tokens,)`."""
 
     context: Tensor
@@ -36,18 +36,18 @@ class Distance:
     top1: float
 
 
-def make_probe(context: Tensor, continuation: Tensor, seed: int) -> Probe:
+def make_trial(context: Tensor, continuation: Tensor, seed: int) -> Trial:
     """Draw one passage from each quarter of the context, early to late, at places drawn by the seed."""
     random = np.random.default_rng(seed)
     quarter = len(context) // PASSAGES
     length = min(PASSAGE_TOKENS, quarter)
     starts = [part * quarter + int(random.integers(0, quarter - length + 1)) for part in range(PASSAGES)]
     recall = torch.cat([context[start : start + length] for start in starts])
-    return Probe(context, recall, continuation)
+    return Trial(context, recall, continuation)
 
 
 def read_through(
-    model: PreTrainedModel, cache: Cache, probe: Probe, after_context: Callable[[Cache], None] | None = None
+    model: PreTrainedModel, cache: Cache, trial: Trial, after_context: Callable[[Cache], None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Fill the cache with the context, then read recall and continuation, each from the filled cache.
 
@@ -55,11 +55,11 @@ def read_through(
     `after_context` sees the filled cache.
     """
     with torch.inference_mode():
-        model(probe.context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(trial.context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
         if after_context is not None:
             after_context(cache)
         rows = []
-        for tokens in (probe.recall, probe.continuation):
+        for tokens in (trial.recall, trial.continuation):
             filled = copy.deepcopy(cache)
             logits = model(tokens[None].to(model.device), past_key_values=filled).logits[0]
             rows.append(F.log_softmax(logits.float(), dim=-1))

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvprofile import KVMerger
-from kvprofile.evaluate.fidelity import PASSAGE_TOKENS, PASSAGES, Probe, distance, make_probe, read_through
+from kvprofile.evaluate.fidelity import PASSAGE_TOKENS, PASSAGES, Trial, distance, make_trial, read_through
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
 
 
@@ -62,11 +62,11 @@ def test_broken_logits_are_not_a_small_distance():
 @pytest.mark.parametrize("seed", range(5))
 def test_passages_come_from_the_quarters_of_the_context(tokens, seed):
     context, continuation = torch.arange(tokens) * 3, torch.arange(50)
-    probe = make_probe(context, continuation, seed)
-    assert torch.equal(probe.context, context)
-    assert torch.equal(probe.continuation, continuation)
+    trial = make_trial(context, continuation, seed)
+    assert torch.equal(trial.context, context)
+    assert torch.equal(trial.continuation, continuation)
     length = min(PASSAGE_TOKENS, tokens // PASSAGES)
-    passages = (probe.recall // 3).split(length)
+    passages = (trial.recall // 3).split(length)
     assert len(passages) == PASSAGES == 4
     for part, passage in enumerate(passages):
         start = int(passage[0])
@@ -77,29 +77,29 @@ def test_passages_come_from_the_quarters_of_the_context(tokens, seed):
 
 def test_places_are_drawn_by_the_seed_alone():
     context, continuation = torch.arange(1000), torch.arange(50)
-    draws = [make_probe(context, continuation, seed).recall for seed in (0, 0, 1, 2)]
+    draws = [make_trial(context, continuation, seed).recall for seed in (0, 0, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[2], draws[3])
-    starts = {int(make_probe(context, continuation, seed).recall[0]) for seed in range(400)}
+    starts = {int(make_trial(context, continuation, seed).recall[0]) for seed in range(400)}
     # The first and the last possible place of the first quarter are drawn sooner or later, and none beyond.
     assert min(starts) < 5
     assert 250 - PASSAGE_TOKENS - 5 < max(starts) <= 250 - PASSAGE_TOKENS
 
 
 @pytest.fixture(scope="module")
-def probe() -> Probe:
+def trial() -> Trial:
     text = tiny_text(260)[0]
-    return make_probe(text[:220], text[220:], seed=0)
+    return make_trial(text[:220], text[220:], seed=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @torch.no_grad()
-def test_reading_with_the_stock_cache_equals_one_forward(name, probe):
+def test_reading_with_the_stock_cache_equals_one_forward(name, trial):
     model = tiny_model(name)
-    recall, continuation = read_through(model, DynamicCache(config=model.config), probe)
-    for rows, read in ((recall, probe.recall), (continuation, probe.continuation)):
-        logits = model(torch.cat([probe.context, read])[None]).logits[0, len(probe.context) :]
+    recall, continuation = read_through(model, DynamicCache(config=model.config), trial)
+    for rows, read in ((recall, trial.recall), (continuation, trial.continuation)):
+        logits = model(torch.cat([trial.context, read])[None]).logits[0, len(trial.context) :]
         expected = log_softmax(logits.double().numpy(), axis=-1)
         assert rows.shape == (len(read), model.config.vocab_size)
         np.testing.assert_allclose(rows.numpy(), expected, atol=2e-4)
@@ -107,7 +107,7 @@ def test_reading_with_the_stock_cache_equals_one_forward(name, probe):
 
 
 @torch.no_grad()
-def test_reading_leaves_the_filled_cache_as_it_was(probe):
+def test_reading_leaves_the_filled_cache_as_it_was(trial):
     model = tiny_model()
     merger = KVMerger.from_profile(uniform_values(model, share=0.5)).attach(model)
     cache = merger.cache()
@@ -117,21 +117,21 @@ def test_reading_leaves_the_filled_cache_as_it_was(probe):
         assert filled is cache
         seen.append((filled.get_seq_length(), filled.slots()))
 
-    rows = read_through(model, cache, probe, after_context)
+    rows = read_through(model, cache, trial, after_context)
     assert seen == [(220, [[[110, 110]]] * 2)]
     assert (cache.get_seq_length(), cache.slots()) == seen[0]
-    again = read_through(model, merger.cache(), probe)
+    again = read_through(model, merger.cache(), trial)
     assert all(map(torch.equal, rows, again))
 
 
 @torch.no_grad()
-def test_a_merged_cache_is_further_than_a_kept_one(probe):
+def test_a_merged_cache_is_further_than_a_kept_one(trial):
     model = tiny_model()
-    reference = read_through(model, DynamicCache(config=model.config), probe)
+    reference = read_through(model, DynamicCache(config=model.config), trial)
     distances = []
     for share in (1.0, 0.5):
         merger = KVMerger.from_profile(uniform_values(model, share=share)).attach(model)
-        rows = read_through(model, merger.cache(), probe)
+        rows = read_through(model, merger.cache(), trial)
         distances.append([distance(full, merged) for full, merged in zip(reference, rows, strict=True)])
         merger.detach()
     kept, merged = distances
