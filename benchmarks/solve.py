@@ -1,4 +1,4 @@
-"""How long the solver takes on synthetic damage curves: python benchmarks/solve.py"""
+"""How long the solver takes on synthetic damage curves: `python benchmarks/solve.py`."""
 
 import time
 
