@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvprofile.calibrate import calibrate
+    from kvprofile.calibration import calibrate
     from kvprofile.models import load_model
     from kvprofile.plans import replan
     from kvprofile.profile import Profile
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "KVMerger": "kvprofile.runtime.merger",
     "Profile": "kvprofile.profile",
-    "calibrate": "kvprofile.calibrate",
+    "calibrate": "kvprofile.calibration",
     "load_arrays": "kvprofile.storage",
     "load_documents": "kvprofile.samples",
     "load_model": "kvprofile.models",

@@ -129,7 +129,7 @@ def calibrate(
     output = output or Path(f"{Path(model).name.removesuffix('.gguf')}.json")
     _check_writable(output, force)
     from kvprofile import terminal
-    from kvprofile.calibrate import calibrate as run
+    from kvprofile.calibration import calibrate as run
     from kvprofile.samples import load_documents, make_samples
     from kvprofile.storage import save_profile
 
