@@ -69,13 +69,18 @@ def calibrate(
     the plan does not beat uniform shares on held-out text, `warn` says so and the uniform plan is returned. The profile
     names no arrays file yet: `save_profile` writes both.
 
-    Raises UsageError for a bad budget or policy, MismatchError where the budget is out of reach, KVProfileError where the
-    model's attention cannot be observed.
+    Raises UsageError for a bad budget or policy, or samples without a continuation, MismatchError where the budget is out
+    of reach, KVProfileError where the model's attention cannot be observed.
     """
     started = time.perf_counter()
     check_budget(budget)
     if policy not in (AUTO, *POLICIES):
         raise UsageError(f"unknown policy {policy!r}; expected auto or one of {', '.join(POLICIES)}")
+    if any(not len(sample.continuation) for sample in (*samples.calibration, *samples.held_out)):
+        raise UsageError(
+            "a sample has no continuation, the text that follows its context and is read from the merged cache; make the "
+            "samples with continuation=256"
+        )
     base = "gauss" if policy == AUTO else policy
     candidates: tuple[str, ...] = CANDIDATES if policy == AUTO else (policy,)
     # Damage is measured where something depends on it. Anchor and complete sets depend on a threshold, not on a slot count

@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 import kvprofile
+from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import stock_bytes
 from kvprofile.merging.counts import slots_of
 
@@ -85,9 +86,16 @@ def test_generate_copies_a_passage_from_a_compressed_context(smollm2, calibrated
 
 def test_thresholds_keep_the_budget_on_the_text_they_were_measured_on(smollm2):
     documents = kvprofile.load_documents("builtin")
-    samples = kvprofile.make_samples(documents, smollm2.tokenizer, samples=3, tokens=512, held_out=0)
+    samples = kvprofile.make_samples(documents, smollm2.tokenizer, samples=3, tokens=512, held_out=0, continuation=64)
     twice = type(samples)(samples.calibration, samples.calibration, samples.description, samples.digest)
     profile, _ = kvprofile.calibrate(smollm2, twice, budget=0.5, policy="gauss", shares="uniform", mode="threshold")
     # Curves are interpolated between thresholds; nothing else stands between the plan and the slots.
     assert profile.check.threshold.achieved.mean == pytest.approx(0.5, abs=0.004)
     assert profile.check.exact.achieved.mean == pytest.approx(0.5, abs=1e-3)
+
+
+def test_samples_without_a_continuation_are_refused(smollm2):
+    documents = kvprofile.load_documents("builtin")
+    samples = kvprofile.make_samples(documents, smollm2.tokenizer, samples=1, tokens=64, held_out=0)
+    with pytest.raises(UsageError, match="make the samples with continuation"):
+        kvprofile.calibrate(smollm2, samples)
