@@ -74,7 +74,7 @@ def _silent(_message: str) -> None:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The profile to write.  [default: MODEL.json]")
 @click.option("--report", is_flag=True, help="Also draw plots into a folder beside the profile.")
-@click.option("--data", default="builtin", show_default=True, help="Calibration text; see below.")
+@click.option("--data", default="builtin", show_default=True, help="Calibration text; see above.")
 @click.option("--column", metavar="NAME", help="Column of a .jsonl, .csv, .parquet or hub data set.")
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Calibration samples.")
 @click.option("--held-out", type=click.IntRange(0), default=6, show_default=True, help="Samples for the check.")
