@@ -43,7 +43,7 @@ from kvprofile.sensitivity import read_probe
 from kvprofile.solve import check_budget
 from kvprofile.tracking import Track, untracked
 
-# The policies a head may choose between: together they leave little to gain for any other (benchmarks/RESULTS.md).
+# The policies a head may choose between: of those tried on separate halves of the samples, the few that add to one another.
 CANDIDATES = ("value-attention", "absorb", "attention", "snapkv-128", "streaming")
 
 
