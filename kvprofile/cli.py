@@ -127,7 +127,10 @@ def calibrate(
       kvprofile calibrate ./my-llama --data corpus.jsonl --column text --samples 32 --tokens 4096
     """
     output = output or Path(f"{Path(model).name.removesuffix('.gguf')}.json")
-    _check_writable(output, force)
+    if output.suffix == ".safetensors":
+        raise UsageError(f"-o {output} is the name the arrays would get; give the profile a name that ends in .json")
+    for file in (output, output.with_suffix(".safetensors")):
+        _check_writable(file, force)
     from kvprofile import terminal
     from kvprofile.calibration import calibrate as run
     from kvprofile.samples import load_documents, make_samples

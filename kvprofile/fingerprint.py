@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+from kvprofile.errors import MismatchError
+
 # Shape and positions. Names, dtypes, versions and generation settings are left out: they change nothing here.
 _SHAPE = (
     "model_type",
@@ -51,6 +53,15 @@ def model_facts(config: Any) -> dict[str, Any]:
         "rope": json.loads(json.dumps(values["rope_parameters"], default=str)),
         "config_hash": hashlib.sha256(encoded.encode()).hexdigest(),
     }
+
+
+def check_fit(name: str, profile: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise MismatchError unless a profile made for the model `name` with these facts fits a model with those."""
+    mismatch = difference(profile, model)
+    if mismatch:
+        raise MismatchError(
+            f"the profile was made for {name} and does not fit this model: {mismatch}; calibrate this model"
+        )
 
 
 def difference(profile: dict[str, Any], model: dict[str, Any]) -> str | None:

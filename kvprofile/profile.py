@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvprofile.errors import KVProfileError, MismatchError
+from kvprofile.errors import KVProfileError
 from kvprofile.files import atomic_write
-from kvprofile.fingerprint import difference
+from kvprofile.fingerprint import check_fit
 
 if TYPE_CHECKING:
     pass
@@ -293,11 +293,7 @@ class Profile(_Strict):
 
     def check_model(self, facts: dict[str, Any]) -> None:
         """Raise MismatchError unless the profile was made for a model with these `fingerprint.model_facts`."""
-        mismatch = difference(self.model.model_dump(), facts)
-        if mismatch:
-            raise MismatchError(
-                f"the profile was made for {self.model.name} and does not fit this model: {mismatch}; calibrate this model"
-            )
+        check_fit(self.model.name, self.model.model_dump(), facts)
 
 
 def _collapse(text: str) -> str:

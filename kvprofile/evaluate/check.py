@@ -68,7 +68,8 @@ def check_profile(
             f"the plan's KL on held-out text, {planned:.4f}, is not below that of uniform shares, {even:.4f}: the uniform "
             "plan is exported; calibrate with more samples, or text nearer to what the model will read"
         )
-        check = check.model_copy(update={"exact": check.uniform, "threshold": None})
+        even_bytes = _mean([row.bytes_ratio for row in results["uniform"]])
+        check = check.model_copy(update={"exact": check.uniform, "threshold": None, "bytes_ratio": even_bytes})
         profile = uniform
     return profile.model_copy(update={"check": check})
 

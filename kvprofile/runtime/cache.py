@@ -252,7 +252,8 @@ class MergedCache(Cache):
             if not self.attachment.active or torn or layer.pending or any(other.pending for other in others):
                 raise KVProfileError(
                     "a merged cache was used with a model that is not attached (or was detached, or failed half-way in an "
-                    "earlier forward); call merger.attach(model) and start with a new merger.cache()"
+                    "earlier forward); call merger.attach(model) and start with a new merger.cache(). Models that rebuild keys "
+                    "after the cache (multi-head latent attention) are not supported"
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

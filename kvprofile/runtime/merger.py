@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from kvprofile.errors import KVProfileError, MismatchError
-from kvprofile.fingerprint import difference, model_facts
+from kvprofile.errors import KVProfileError
+from kvprofile.fingerprint import check_fit, model_facts
 from kvprofile.runtime.attention import install, restore
 from kvprofile.runtime.cache import Attachment, MergedCache
 from kvprofile.runtime.settings import Settings
@@ -48,12 +48,7 @@ class KVMerger:
         """
         if self.model is not None:
             raise KVProfileError("this merger is attached already; detach it first, or make another from the profile")
-        mismatch = difference(self.settings.facts, model_facts(model.config))
-        if mismatch:
-            raise MismatchError(
-                f"the profile was made for {self.settings.model_name} and does not fit this model: {mismatch}; calibrate "
-                "this model"
-            )
+        check_fit(self.settings.model_name, self.settings.facts, model_facts(model.config))
         install(model)
         self.model, self.attachment = model, Attachment()
         return self

@@ -74,17 +74,28 @@ class Settings:
             policies = {name: Policy.from_dict(values) for name, values in profile["policies"].items()}
             exact = _mode(mode or plan["mode"]) == "exact"
             layers = {entry["layer"]: _layer(entry, policies, exact, facts["kv_heads"]) for entry in plan["layers"]}
+            endless = [
+                index
+                for index, layer in layers.items()
+                if not exact and bool((layer.epsilon.isinf() & (layer.share < 1)).any())
+            ]
             missing = {"name", *FACTS} - facts.keys()
             if missing:
                 raise ValueError(f"model has no {', '.join(sorted(missing))}")
             strays = layers.keys() - set(range(facts["layers"]))
             if strays:
                 raise ValueError(f"plan names layers {sorted(strays)} of a model with {facts['layers']}")
-            return cls(facts["name"], facts, layers)
+            settings = cls(facts["name"], facts, layers)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MismatchError(
                 f"the profile is damaged: {error!r}; run `kvprofile show` on it, or calibrate anew"
             ) from error
+        if endless:
+            raise UsageError(
+                f"threshold mode needs a threshold for every head that is merged; the profile's layers {endless} have "
+                "heads without one; use exact mode, or calibrate with --policy gauss"
+            )
+        return settings
 
     @classmethod
     def from_file(cls, path: str | Path, mode: str | None = None) -> "Settings":

@@ -191,6 +191,20 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tiny_folder, tmp
     assert (tmp_path / "p.json").read_text() == "mine"
 
 
+def test_arrays_of_an_earlier_run_are_found_before_the_work(tiny_folder, tmp_path):
+    (tmp_path / "p.safetensors").write_bytes(b"mine")
+    refused(run("calibrate", tiny_folder, "-o", tmp_path / "p.json"), 1, "p.safetensors exists", "--force")
+    refused(run("calibrate", tiny_folder, "-o", tmp_path / "q.safetensors"), 2, "ends in .json")
+
+
+def test_threshold_mode_is_refused_where_heads_have_no_threshold(tiny_folder, tiny_text_file, tmp_path):
+    path = tmp_path / "p.json"
+    size = ("--data", tiny_text_file, "--tokens", 256, "--samples", 2, "--held-out", 0)
+    assert run("calibrate", tiny_folder, "--policy", "h2o", "-o", path, *size).exit_code == 0
+    result = run("generate", tiny_folder, "--profile", path, "--mode", "threshold", "--prompt", "Once upon a time")
+    refused(result, 2, "heads without one", "use exact mode")
+
+
 def test_no_permission_to_write(tiny_folder, tmp_path, monkeypatch):
     def forbid(self, *_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
