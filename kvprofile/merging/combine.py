@@ -1,21 +1,97 @@
 """How a set becomes one slot: the pivot, the weights, and the merged key and value (arXiv 2407.08454, section 4.2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-WEIGHTS = ("gaussian", "attention", "average", "pivot")
+from kvprofile.merging.slots import Slots
+
 SIGMAS = ("mean", "rms")
 BIASES = ("count", "attention", "none")
+
+
+@dataclass(frozen=True)
+class Members:
+    """The tokens of all sets of more than one, as the weights see them.
+
+    keys `(members, head_dim)` float32; owner `(members,)`: the set of each; is_pivot `(members,)`; received `(members,)`: mean
+    attention, where it was measured; pivot_keys `(sets, head_dim)`; size `(sets,)`; sigma: of the combination.
+    """
+
+    keys: Tensor
+    owner: Tensor
+    is_pivot: Tensor
+    received: Tensor | None
+    pivot_keys: Tensor
+    size: Tensor
+    sigma: float | str
+
+    def shares(self, kernel: Tensor) -> Tensor:
+        """Weights `(members,)` in proportion to the kernel that sum to one in every set."""
+        return kernel / _sum_by(self.owner, kernel, self.size.numel())[self.owner]
+
+
+def gaussian(members: Members) -> Tensor:
+    """By distance to the pivot's key: exp(-|k - k_p|^2 / 2 sigma^2) (KVMerger, arXiv 2407.08454)."""
+    owner, size = members.owner, members.size
+    squared = (members.keys - members.pivot_keys[owner]).square().sum(-1)
+    if members.sigma == "rms":
+        variance = _sum_by(owner, squared, size.numel()) / size
+    elif members.sigma == "mean":
+        variance = (_sum_by(owner, squared.sqrt(), size.numel()) / size).square()
+    else:
+        variance = squared.new_full((size.numel(),), float(members.sigma) ** 2)
+    # A set of equal keys has variance 0 and distances 0: the floor makes its weights equal instead of NaN.
+    return members.shares(torch.exp(-squared / (2 * variance.clamp_min(1e-20))[owner]))
+
+
+def attention(members: Members) -> Tensor:
+    """By the attention received."""
+    return members.shares(_measured(members.received).clamp_min(1e-20))
+
+
+def average(members: Members) -> Tensor:
+    """All alike."""
+    return members.shares(torch.ones(len(members.keys), device=members.keys.device))
+
+
+def similarity(members: Members) -> Tensor:
+    """By exp(cos(k, k_p)), which is e for the pivot (D2O, arXiv 2406.13035)."""
+    return members.shares(_cosines(members).exp())
+
+
+def midpoints(members: Members) -> Tensor:
+    """The mean of the pivot and of the others' midpoints with it (LOOK-M's pivotal merging, arXiv 2406.18139)."""
+    size = members.size[members.owner]
+    return torch.where(members.is_pivot, (1 + size) / 2, 0.5) / size
+
+
+def cosines(members: Members) -> Tensor:
+    """By cos(k, k_p), over the size of the set: less than one in sum (LOOK-M's weighted merging, arXiv 2406.18139)."""
+    return _cosines(members) / members.size[members.owner]
+
+
+# What `Combination.weights` can name; None: the pivot's key and value as they are.
+WEIGHTS: dict[str, Callable[[Members], Tensor] | None] = {
+    "gaussian": gaussian,
+    "attention": attention,
+    "average": average,
+    "pivot": None,
+    "similarity": similarity,
+    "midpoints": midpoints,
+    "cosines": cosines,
+}
 
 
 @dataclass(frozen=True)
 class Combination:
     """How the members of a set are combined.
 
-    weights: `gaussian` (by distance to the pivot's key), `attention` (by attention mass), `average`, or `pivot` (the pivot
-        alone).
+    weights: a name of `WEIGHTS`; `pivot` is the pivot alone.
     sigma: width of the Gaussian: a number (the paper uses 5), or `mean` or `rms`, the mean or root-mean-square distance
         to the pivot over the set, the pivot included.
     keep_pivot_key: store the pivot's key unmoved and combine the values only.
@@ -23,6 +99,8 @@ class Combination:
     bias: what is added to the slot's attention logits, so that the softmax counts what the slot stands for: log of its
         `count` of tokens (ZeroMerge, arXiv 2503.10714; KeepKV, arXiv 2504.09936); log of the `attention` of all members
         over the pivot's, which is right for a slot with the pivot's key; or `none`.
+    threshold: where lost tokens seek the most similar survivor, the least cosine at which they join it; those below are
+        dropped. `mean`: the mean over the lost tokens of their best cosine (D2O, arXiv 2406.13035).
     """
 
     weights: str = "gaussian"
@@ -30,6 +108,7 @@ class Combination:
     keep_pivot_key: bool = False
     scale_values: bool = False
     bias: str = "count"
+    threshold: float | str = -1.0
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
@@ -40,19 +119,18 @@ class Combination:
             raise ValueError(f"unknown sigma {self.sigma!r}; expected a number or one of {', '.join(SIGMAS)}")
         if not isinstance(self.sigma, str) and not self.sigma > 0:
             raise ValueError(f"sigma must be above 0, got {self.sigma}")
+        if self.threshold != "mean" and (isinstance(self.threshold, str) or not -1 <= self.threshold <= 1):
+            raise ValueError(f"threshold must be a cosine from -1 to 1 or mean, got {self.threshold!r}")
 
+    @property
+    def by_attention(self) -> bool:
+        """True if weights or bias go by the attention received."""
+        return "attention" in (self.weights, self.bias)
 
-@dataclass
-class Slots:
-    """What is stored for the merged tokens: head (b, h) owns `lengths[b * kv_heads + h]` consecutive rows.
-
-    keys `(slots, head_dim)`, values `(slots, value_dim)`, bias `(slots,)` float32: what is added to a slot's logits.
-    """
-
-    keys: Tensor
-    values: Tensor
-    bias: Tensor
-    lengths: list[int]
+    @property
+    def has_pivot(self) -> bool:
+        """True if it matters which member of a set is the pivot."""
+        return self.weights != "average" or self.bias == "attention" or self.keep_pivot_key
 
 
 def combine(keys: Tensor, values: Tensor, starts: Tensor, mass: Tensor | None, combination: Combination) -> Slots:
@@ -62,27 +140,64 @@ def combine(keys: Tensor, values: Tensor, starts: Tensor, mass: Tensor | None, c
     `(batch, kv_heads, tokens)`. The pivot of a set is its token with the largest mass (the newest of equals; without
     mass the newest token). Sets of one token are stored bit for bit. All heads at once, no loop over sets.
     """
+    group = starts.reshape(-1).long().cumsum(0) - 1
+    pivot = _pivots(group, int(group[-1]) + 1, None if mass is None else mass.reshape(-1))
+    member = torch.arange(group.numel(), device=group.device)
+    return _merged(keys, values, mass, _Sets(member, group, pivot, starts), combination)
+
+
+def combine_owned(keys: Tensor, values: Tensor, owner: Tensor, mass: Tensor | None, combination: Combination) -> Slots:
+    """Merge tokens into the survivors they were given to.
+
+    `owner` `(batch, kv_heads, tokens)` names the token of the same head whose slot a token joins: itself if it survives, -1 if
+    it is dropped. A survivor is the pivot of its set. The rest is as in `combine`.
+    """
+    tokens = owner.shape[-1]
+    survives = owner == torch.arange(tokens, device=owner.device)
+    slot = survives.reshape(-1).long().cumsum(0) - 1
+    first = torch.arange(0, owner.numel(), tokens, device=owner.device).repeat_interleave(tokens)
+    member = (owner >= 0).reshape(-1).nonzero().squeeze(1)
+    group = slot[(owner.reshape(-1) + first)[member]]
+    pivot = survives.reshape(-1).nonzero().squeeze(1)
+    return _merged(keys, values, mass, _Sets(member, group, pivot, survives), combination)
+
+
+class _Sets(NamedTuple):
+    """Every stored token and its slot, both `(stored tokens,)`; every slot's pivot; which tokens open a slot of their head."""
+
+    member: Tensor
+    group: Tensor
+    pivot: Tensor
+    opens: Tensor
+
+
+def _merged(keys: Tensor, values: Tensor, mass: Tensor | None, sets: _Sets, combination: Combination) -> Slots:
+    member, group, pivot, opens = sets
     flat_keys = keys.reshape(-1, keys.shape[-1])
     flat_values = values.reshape(-1, values.shape[-1])
-    group = starts.reshape(-1).long().cumsum(0) - 1
-    slots = int(group[-1]) + 1
+    slots = pivot.numel()
     size = torch.bincount(group, minlength=slots)
-    pivot = _pivots(group, slots, None if mass is None else mass.reshape(-1))
     slot_keys, slot_values = flat_keys[pivot], flat_values[pivot]
 
-    members = (size > 1)[group].nonzero().squeeze(1)
-    if combination.weights != "pivot" and members.numel():
+    joined = (size > 1)[group].nonzero().squeeze(1)
+    weigh = WEIGHTS[combination.weights]
+    if weigh is not None and joined.numel():
         # Only members of true sets are touched: singletons stay exactly as they were.
         merged = (size > 1).nonzero().squeeze(1)
         index = torch.empty_like(size)
         index[merged] = torch.arange(merged.numel(), device=size.device)
-        owner = index[group[members]]
-        member_keys, member_values = flat_keys[members].float(), flat_values[members].float()
-        if combination.weights == "attention":
-            kernel = _measured(mass).reshape(-1)[members].clamp_min(1e-20)
-        else:
-            kernel = _kernel(member_keys, flat_keys[pivot[merged]].float(), owner, size[merged], combination)
-        weight = kernel / _sum_by(owner, kernel, merged.numel())[owner]
+        owner, token = index[group[joined]], member[joined]
+        member_keys, member_values = flat_keys[token].float(), flat_values[token].float()
+        members = Members(
+            member_keys,
+            owner,
+            token == pivot[merged][owner],
+            None if mass is None else mass.reshape(-1)[token],
+            flat_keys[pivot[merged]].float(),
+            size[merged],
+            combination.sigma,
+        )
+        weight = weigh(members)
         new_values = _sum_by(owner, member_values * weight[:, None], merged.numel())
         if combination.scale_values:
             new_values *= size[merged, None]
@@ -97,23 +212,13 @@ def combine(keys: Tensor, values: Tensor, starts: Tensor, mass: Tensor | None, c
     elif combination.bias == "attention":
         share = _measured(mass).reshape(-1).clamp_min(1e-20)
         # Slots of one token get exactly 0.
-        bias = torch.where(size > 1, (_sum_by(group, share, slots) / share[pivot]).log(), bias)
-    return Slots(slot_keys, slot_values, bias, starts.sum(-1).reshape(-1).tolist())
+        bias = torch.where(size > 1, (_sum_by(group, share[member], slots) / share[pivot]).log(), bias)
+    return Slots(slot_keys, slot_values, bias, opens.sum(-1).reshape(-1).tolist())
 
 
-def _kernel(keys: Tensor, pivot_keys: Tensor, owner: Tensor, size: Tensor, combination: Combination) -> Tensor:
-    """Unnormalised weights of the members: `keys` `(members, head_dim)`, `owner` `(members,)` the set of each."""
-    if combination.weights == "average":
-        return torch.ones(len(keys), device=keys.device)
-    squared = (keys - pivot_keys[owner]).square().sum(-1)
-    if combination.sigma == "rms":
-        variance = _sum_by(owner, squared, size.numel()) / size
-    elif combination.sigma == "mean":
-        variance = (_sum_by(owner, squared.sqrt(), size.numel()) / size).square()
-    else:
-        variance = squared.new_full((size.numel(),), float(combination.sigma) ** 2)
-    # A set of equal keys has variance 0 and distances 0: the floor makes its weights equal instead of NaN.
-    return torch.exp(-squared / (2 * variance.clamp_min(1e-20))[owner])
+def _cosines(members: Members) -> Tensor:
+    cosine = F.cosine_similarity(members.keys, members.pivot_keys[members.owner], dim=-1)
+    return torch.where(members.is_pivot, 1.0, cosine)
 
 
 def _measured(mass: Tensor | None) -> Tensor:
@@ -133,29 +238,3 @@ def _pivots(group: Tensor, slots: int, mass: Tensor | None) -> Tensor:
 
 def _sum_by(owner: Tensor, source: Tensor, sets: int) -> Tensor:
     return source.new_zeros((sets, *source.shape[1:])).index_add_(0, owner, source)
-
-
-def append_slots(old: Slots, new: Slots) -> Slots:
-    """Put each head's new slots after its old ones."""
-
-    def interleave(first: Tensor, second: Tensor) -> Tensor:
-        pairs = zip(first.split(old.lengths), second.split(new.lengths), strict=True)
-        return torch.cat([piece for pair in pairs for piece in pair])
-
-    return Slots(
-        interleave(old.keys, new.keys),
-        interleave(old.values, new.values),
-        interleave(old.bias, new.bias),
-        [first + second for first, second in zip(old.lengths, new.lengths, strict=True)],
-    )
-
-
-def select_rows(slots: Slots, rows: list[int], kv_heads: int) -> Slots:
-    """Take the slots of the batch rows `rows`, in that order."""
-    heads = [row * kv_heads + head for row in rows for head in range(kv_heads)]
-
-    def take(source: Tensor) -> Tensor:
-        pieces = source.split(slots.lengths)
-        return torch.cat([pieces[head] for head in heads])
-
-    return Slots(take(slots.keys), take(slots.values), take(slots.bias), [slots.lengths[head] for head in heads])

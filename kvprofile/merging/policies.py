@@ -1,16 +1,17 @@
 """A policy is a value: which tokens are protected, which give up their slots first, and what becomes of them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kvprofile.merging.affinity import AFFINITIES, NEEDS_MASS, WINDOWS, Tokens, mean_attention
-from kvprofile.merging.combine import Combination, Slots, combine
-from kvprofile.merging.protect import Protection, protected_tokens
-from kvprofile.merging.sets import RULES, find_sets, mergeable_links
+from kvprofile.merging.affinity import AFFINITIES
+from kvprofile.merging.combine import Combination
+from kvprofile.merging.joining import JOINS
+from kvprofile.merging.protect import Protection
+from kvprofile.merging.regression import WINDOW
+from kvprofile.merging.sets import RULES
+from kvprofile.merging.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -18,40 +19,63 @@ class Policy:
     """Everything that decides what a merged cache looks like, except the thresholds and the slot counts.
 
     affinity: which tokens give up their slots first (`affinity.AFFINITIES`).
-    rule: how merged tokens form sets: `chain`, `anchor` or `complete` (the latter two by cosine), or `drop`: tokens
-        that give up their slots are evicted.
-    protection, combination: see there; the combination is not used by `drop`.
+    rule: what becomes of them (`joining.JOINS`): `chain`, `anchor` or `complete`: they join sets of neighbours (the latter two
+        by cosine); `nearest`: the most similar survivor; `residual`: a few slots for all; `spread`, `spread-drawn`: their
+        values go to the survivors after them; `drop`: they are evicted.
+    protection, combination: see there; the combination is used by the rules that merge keys.
+    regression: mend the slots' values afterwards (`regression.regress`).
+    seed: of what the affinity `random` and the rule `spread-drawn` draw.
     """
 
     affinity: str = "cosine"
     rule: str = "chain"
     protection: Protection = field(default_factory=Protection)
     combination: Combination = field(default_factory=Combination)
+    regression: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rule not in (*RULES, "drop"):
-            raise ValueError(f"unknown rule {self.rule!r}; expected one of {', '.join(RULES)}, drop")
+        if self.rule not in JOINS:
+            raise ValueError(f"unknown rule {self.rule!r}; expected one of {', '.join(JOINS)}")
         if self.affinity not in AFFINITIES:
             raise ValueError(f"unknown affinity {self.affinity!r}; expected one of {', '.join(AFFINITIES)}")
         if self.rule in ("anchor", "complete") and self.affinity != "cosine":
             raise ValueError(f"the rule {self.rule} goes by cosine, not by {self.affinity}")
 
     @property
+    def only_drops(self) -> bool:
+        """True if the slots hold tokens as they were: kept or dropped, nothing changed."""
+        return self.rule == "drop" and not self.regression
+
+    @property
     def has_pivots(self) -> bool:
         """True if sets have a pivot, the member with the largest attention mass."""
-        combination = self.combination
-        plain = combination.weights == "average" and combination.bias != "attention" and not combination.keep_pivot_key
-        return self.rule != "drop" and not plain
+        return self.rule in RULES and self.combination.has_pivot
 
     @property
     def needs_mass(self) -> bool:
         """True if the attention mass has to be measured."""
-        return self.affinity in NEEDS_MASS or self.has_pivots or self.protection.heavy_share > 0
+        return (
+            AFFINITIES[self.affinity].mass
+            or self.has_pivots
+            or self.protection.heavy_share > 0
+            or self.rule.startswith("spread")
+            or (self.rule != "drop" and self.combination.by_attention)
+        )
 
     @property
     def window(self) -> int | None:
         """How many of the newest queries' attention has to be measured, if any."""
-        return WINDOWS.get(self.affinity)
+        return AFFINITIES[self.affinity].window
+
+    @property
+    def queries(self) -> int:
+        """How many of the newest queries have to be at hand when the prompt is compressed."""
+        return max(AFFINITIES[self.affinity].queries, WINDOW if self.regression else 0)
+
+    def rank(self, tokens: Tokens) -> Tensor:
+        """How readily every token gives up its slot: `(batch, kv_heads, tokens)`."""
+        return AFFINITIES[self.affinity](replace(tokens, seed=self.seed))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` is its inverse."""
@@ -78,6 +102,10 @@ POLICIES: dict[str, Policy] = {
     "attention": Policy(combination=Combination(weights="attention")),
     # Tokens little looked at join the set before them; the slot has its pivot's key and the whole set's attention.
     "absorb": Policy("idle", combination=Combination("attention", keep_pivot_key=True, bias="attention")),
+    # Tokens that add little to outputs join the survivor most like them, wherever it is; the slot counts for all of them.
+    "gather": Policy("value-attention", "nearest", combination=Combination("attention")),
+    # The same, and the values solved for afterwards.
+    "gather-mended": Policy("value-attention", "nearest", combination=Combination("attention"), regression=True),
     "average": Policy(combination=Combination(weights="average")),
     # Sets keep their pivot's key and value, and count for all.
     "pivot": Policy("displacement", combination=Combination(weights="pivot")),
@@ -93,90 +121,31 @@ POLICIES: dict[str, Policy] = {
     "snapkv": Policy("window", "drop"),
     "snapkv-128": Policy("long-window", "drop"),
     "streaming": Policy("age", "drop"),
+    # The methods of the field. Published keys and weights: see the functions named in the rule and the combination.
+    # CaM (ICML 2024): what H2O evicts gives its value to the next 32 survivors; in expectation, and drawn as published.
+    "cam": Policy("mass", "spread"),
+    "cam-drawn": Policy("mass", "spread-drawn"),
+    # D2O (arXiv 2406.13035): what H2O evicts joins the most similar survivor, if similar enough.
+    "d2o": Policy("mass", "nearest", combination=Combination("similarity", bias="none", threshold="mean")),
+    # LOOK-M (arXiv 2406.18139), its three operators; without images its text-first eviction is H2O's.
+    "look-m-average": Policy("mass", "nearest", combination=Combination("average", bias="none")),
+    "look-m-pivot": Policy("mass", "nearest", combination=Combination("midpoints", bias="none")),
+    "look-m-weighted": Policy("mass", "nearest", combination=Combination("cosines", bias="none")),
+    # KeepKV (arXiv 2504.09936): attention-weighted, every slot votes for all the tokens in it.
+    "keepkv": Policy("window", "nearest", combination=Combination("attention", threshold=0.8)),
+    # ZeroMerge, later ZSMerge (arXiv 2503.10714): residual slots with counts, under a decayed score.
+    "zsmerge": Policy("decayed", "residual", combination=Combination("average")),
+    "keydiff": Policy("keydiff", "drop"),
+    "nestedkv": Policy("nested", "drop"),
+    "expected-attention": Policy("expected", "drop"),
+    # GRKV (arXiv 2605.31105) on SnapKV's selection.
+    "grkv": Policy("window", "drop", regression=True),
+    "random": Policy("random", "drop"),
+    # Merge-off controls: the sets of a merging policy, of which only the pivot is kept. For D2O, LOOK-M and CaM that is h2o,
+    # for KeepKV and GRKV snapkv.
+    "gauss-off": Policy(combination=Combination("pivot", bias="none")),
+    "absorb-off": Policy("idle", combination=Combination("pivot", bias="none")),
+    "pivot-off": Policy("displacement", combination=Combination("pivot", bias="none")),
+    "kvmerger-off": Policy("cosine", "anchor", _PAPER, Combination("pivot", bias="none")),
+    "zsmerge-off": Policy("decayed", "drop"),
 }
-
-
-def merge_tokens(
-    tokens: Tokens, policy: Policy, *, epsilon: Tensor | None = None, count: Tensor | None = None, heavy: int = 0
-) -> Slots:
-    """Turn the tokens of one layer into slots under a policy.
-
-    `epsilon` `(kv_heads,)`: tokens at least this affine give up their slots, and slots emerge. `count`
-    `(batch, kv_heads)`: every head ends with exactly that many slots, as far as protected tokens allow. Anchor and
-    complete sets are found at `epsilon` first and then, with `count`, joined or split at their most and least similar
-    neighbours; all other policies take one of the two. `heavy` tokens are protected for their mass.
-    """
-    protected = protected_tokens(policy.protection, tokens, heavy)
-    affinity = AFFINITIES[policy.affinity](tokens)
-    drops = policy.rule == "drop"
-    allowed = ~protected if drops else F.pad(mergeable_links(protected), (1, 0), value=False)
-    if policy.rule in ("anchor", "complete"):
-        if epsilon is None:
-            raise ValueError(f"the rule {policy.rule} needs thresholds")
-        lost = ~find_sets(tokens.keys, epsilon, policy.rule, protected)
-        # Cosines lie within [-1, 1]: adding 4 puts every link of a set before every link between two sets.
-        affinity = affinity + 4.0 * lost
-    elif count is None:
-        if epsilon is None:
-            raise ValueError("either thresholds or slot counts are needed")
-        lost = (affinity >= epsilon.to(affinity.device, affinity.dtype)[None, :, None]) & allowed
-    if count is not None:
-        lost = most_affine(affinity, allowed, affinity.shape[-1] - count.to(affinity.device))
-    if drops:
-        return _drop(tokens, lost)
-    received = None
-    if policy.has_pivots:
-        by_attention = "attention" in (policy.combination.weights, policy.combination.bias)
-        received = mean_attention(tokens) if by_attention else tokens.mass
-    return combine(tokens.keys, tokens.values, ~lost, received, policy.combination)
-
-
-def merge_layer(
-    tokens: Tokens,
-    policies: tuple[tuple[Policy, tuple[int, ...]], ...],
-    *,
-    epsilon: Tensor,
-    count: Tensor | None,
-    heavy: tuple[int, ...],
-) -> Slots:
-    """Turn the tokens of one layer into slots, every KV head under its own policy.
-
-    `policies` pairs a policy with the KV heads that follow it; `heavy` has one entry per pair; the rest is as in
-    `merge_tokens`.
-    """
-    if len(policies) == 1:
-        return merge_tokens(tokens, policies[0][0], epsilon=epsilon, count=count, heavy=heavy[0])
-    batch, kv_heads = tokens.keys.shape[:2]
-    pieces: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-    for (policy, heads), protected in zip(policies, heavy, strict=True):
-        index = list(heads)
-        slots = merge_tokens(
-            tokens.of_heads(index),
-            policy,
-            epsilon=epsilon[index],
-            count=None if count is None else count[:, index],
-            heavy=protected,
-        )
-        split = zip(*(part.split(slots.lengths) for part in (slots.keys, slots.values, slots.bias)), strict=True)
-        for place, piece in enumerate(split):
-            pieces[place // len(heads), heads[place % len(heads)]] = piece
-    ordered = [pieces[row, head] for row in range(batch) for head in range(kv_heads)]
-    keys, values, bias = (torch.cat(parts) for parts in zip(*ordered, strict=True))
-    return Slots(keys, values, bias, [len(piece[0]) for piece in ordered])
-
-
-def most_affine(affinity: Tensor, allowed: Tensor, losses: Tensor) -> Tensor:
-    """Mark the `losses` most affine of the allowed tokens of every head, or all allowed ones if they are fewer.
-
-    `affinity` and `allowed` are `(batch, kv_heads, tokens)`, `losses` `(batch, kv_heads)`. Ties go to the older token.
-    """
-    order = affinity.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, places)
-    return (rank < losses[..., None]) & allowed
-
-
-def _drop(tokens: Tokens, lost: Tensor) -> Slots:
-    kept = ~lost
-    keys, values = tokens.keys[kept], tokens.values[kept]
-    return Slots(keys, values, torch.zeros(len(keys), device=keys.device), kept.sum(-1).reshape(-1).tolist())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvprofile.merging.affinity import Tokens
+from kvprofile.merging.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ It shares constants with kvprofile, and the numbers of a profile, but none of it
 
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -15,13 +16,29 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvprofile.merging.affinity import WINDOWS
+from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.policies import POLICIES
 from kvprofile.merging.scores import MASS_STRIDE, POOL
 from kvprofile.merging.sets import MAX_SET
-from kvprofile.runtime.cache import CHUNK
+from kvprofile.runtime.settings import CHUNK
 
 Array = NDArray[np.float64]
+# The policies whose rules are replayed here; the tests of the others are beside those of their parts.
+REPLAYED = (
+    "gauss",
+    "attention",
+    "absorb",
+    "average",
+    "pivot",
+    "pivot-key",
+    "kvmerger",
+    "kvmerger-printed",
+    "h2o",
+    "value-attention",
+    "snapkv",
+    "snapkv-128",
+    "streaming",
+)
 
 
 class ReferenceHead:
@@ -37,26 +54,36 @@ class ReferenceHead:
 
 
 class ReferenceLayer:
-    """One layer in float64: one softmax over what each head holds, then the plan's rules by plain loops."""
+    """One layer in float64: one softmax over what each head holds, then the plan's rules by plain loops.
 
-    def __init__(self, heads: list[ReferenceHead] | None, exact: bool, window: int | None) -> None:
-        self.heads, self.exact, self.window = heads, exact, window
+    oldest: the oldest position a query may see, by its own. readers: how often the keys of a forward are attended to.
+    """
+
+    def __init__(
+        self, heads: list[ReferenceHead] | None, exact: bool, oldest: Callable[[int], int] | None, readers: int = 1
+    ) -> None:
+        self.heads, self.exact, self.oldest, self.readers = heads, exact, oldest, readers
         self.seen, self.merges = 0, 0
+        self.received: list[list[Array]] = []
 
-    def attend(self, query: Array, key: Array, value: Array, scaling: float, softcap: float | None) -> Array:
+    def attend(
+        self, query: Array, key: Array, value: Array, *, scaling: float, softcap: float | None, sinks: Array | None
+    ) -> Array:
         """`query` (heads, queries, dim), `key` and `value` (kv_heads, queries, dim): those of the new tokens."""
         if self.heads is None:
             self.heads = [ReferenceHead(POLICIES["gauss"].to_dict(), None, 1.0) for _ in key]
         group, queries = len(query) // len(key), query.shape[1]
-        self.seen += queries
         output, weights = [], []
+        self.seen += 0 if self.received else queries
         for index, one in enumerate(self.heads):
-            one.tail += zip(key[index], value[index], strict=True)
-            one.mass += [0.0] * queries
+            if not self.received:
+                one.tail += zip(key[index], value[index], strict=True)
+                one.mass += [0.0] * queries
             keys = np.stack([slot[0] for slot in one.slots] + [token[0] for token in one.tail])
             values = np.stack([slot[1] for slot in one.slots] + [token[1] for token in one.tail])
             bias = np.array([slot[2] for slot in one.slots] + [0.0] * len(one.tail))
-            logits = np.einsum("gqd,sd->gqs", query[index * group : (index + 1) * group], keys) * scaling
+            own = slice(index * group, (index + 1) * group)
+            logits = np.einsum("gqd,sd->gqs", query[own], keys) * scaling
             if softcap is not None:
                 logits = softcap * np.tanh(logits / softcap)
             logits += bias
@@ -64,31 +91,40 @@ class ReferenceLayer:
             for row in range(queries):
                 position = self.seen - queries + row
                 logits[:, row, len(one.slots) + position - first + 1 :] = -np.inf
-                if self.window is not None:
-                    logits[:, row, : max(0, position - self.window + 1 - first)] = -np.inf
+                if self.oldest is not None:
+                    logits[:, row, : max(0, self.oldest(position) - first)] = -np.inf
+            if sinks is not None:
+                aside = np.broadcast_to(sinks[own, None, None], (group, queries, 1))
+                logits = np.concatenate([logits, aside], axis=-1)
             exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-            probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+            probabilities = (exponentials / exponentials.sum(-1, keepdims=True))[..., : len(keys)]
             output.append(probabilities @ values)
             weights.append(probabilities.sum(0)[:, len(one.slots) :])
-        if self.window is None:
-            self._age(weights)
+        self.received.append(weights)
+        if len(self.received) == self.readers:
+            calls, self.received = self.received, []
+            if self.oldest is None:
+                self._age(calls)
         return np.concatenate(output)
 
-    def _age(self, weights: list[Array]) -> None:
+    def _age(self, calls: list[list[Array]]) -> None:
         assert self.heads is not None
-        for one, received in zip(self.heads, weights, strict=True):
-            # Before the first merge the mass is estimated from every n-th query, the newest among them.
-            taken = received if self.merges else received[::-1][::MASS_STRIDE]
-            one.mass = list(np.array(one.mass) + taken.sum(0) * len(received) / len(taken))
+        for weights in calls:
+            for one, received in zip(self.heads, weights, strict=True):
+                # Before the first merge the mass is estimated from every n-th query, the newest among them.
+                taken = received if self.merges else received[::-1][::MASS_STRIDE]
+                one.mass = list(np.array(one.mass) + taken.sum(0) * len(received) / len(taken))
         protections = [one.policy["protection"] for one in self.heads]
         recent = max(max(p["recent"], math.ceil(p["recent_share"] * self.seen)) for p in protections)
         tail = len(self.heads[0].tail)
         if tail - recent < CHUNK:
             return
         wanted = whole_slots([one.share for one in self.heads], self.seen)
-        for one, received, slots in zip(self.heads, weights, wanted, strict=True):
-            looking = WINDOWS.get(one.policy["affinity"], 0)
-            newest = pooled(np.array(one.mass) if self.merges else received[len(received) - looking :].sum(0))
+        for index, (one, slots) in enumerate(zip(self.heads, wanted, strict=True)):
+            looking = AFFINITIES[one.policy["affinity"]].window or 0
+            asked = [weights[index] for weights in calls]
+            looked = sum(received[len(received) - looking :].sum(0) for received in asked)
+            newest = pooled(np.array(one.mass) if self.merges else looked)
             count = slots - len(one.slots) - recent if self.exact else None
             merge_head(one, tail - recent, self.seen, newest, count)
         self.merges += 1
@@ -222,14 +258,16 @@ def reference_logits(
         for entry in profile["plan"]["layers"]
     }
     exact = profile["plan"]["mode"] == "exact"
+    sources = key_sources(model)
     layers = [
-        ReferenceLayer(plans.get(index), exact, None if kind == "full_attention" else model.config.sliding_window)
+        ReferenceLayer(plans.get(index), exact, oldest_visible(model.config, kind), sources.count(index))
         for index, kind in enumerate(profile["model"]["attention"])
     ]
 
-    def attention(module, query, key, value, _mask, *, scaling=None, softcap=None, **_options):
+    def attention(module, query, key, value, _mask, *, scaling=None, softcap=None, s_aux=None, **_options):
         arrays = (part[0].double().numpy() for part in (query, key, value))
-        output = layers[module.layer_idx].attend(*arrays, scaling, softcap)
+        sinks = None if s_aux is None else s_aux.double().numpy()
+        output = layers[sources[module.layer_idx]].attend(*arrays, scaling=scaling, softcap=softcap, sinks=sinks)
         return torch.from_numpy(output).to(query.dtype)[None].transpose(1, 2), None
 
     own = model.config._attn_implementation
@@ -243,6 +281,22 @@ def reference_logits(
     finally:
         model.set_attn_implementation(own)
     return torch.cat(logits, dim=1), layers
+
+
+def key_sources(model: PreTrainedModel) -> list[int]:
+    """The layer whose keys every layer reads: its own, or those of an earlier layer of its kind."""
+    modes = getattr(model.config, "kv_sharing_modes", None) or [None] * model.config.num_hidden_layers
+    stores = {model.config.layer_types[index]: index for index, mode in enumerate(modes) if mode == "store"}
+    return [stores[model.config.layer_types[index]] if mode == "reuse" else index for index, mode in enumerate(modes)]
+
+
+def oldest_visible(config: Any, kind: str) -> Callable[[int], int] | None:
+    """The oldest position that a query of a sliding or chunked layer sees, by its own position."""
+    if kind == "sliding_attention":
+        return lambda position: position - config.sliding_window + 1
+    if kind == "chunked_attention":
+        return lambda position: position // config.attention_chunk_size * config.attention_chunk_size
+    return None
 
 
 def pieces(text: Tensor, cuts: list[int]) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """What the library computes, computed again the long way: float64, plain loops, one head at a time.
 
-Nothing here is imported from `kvprofile`, except the constants that a definition names (`MAX_SET`).
+Nothing is imported from `kvprofile`, except the constants that a definition names (`MAX_SET`).
 """
 
 import math
@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import settings
 
 from kvprofile.merging.sets import MAX_SET
+from tests.unit import field_reference as field
 
 # The same examples on every run: a property that fails, fails for everyone.
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -86,7 +87,11 @@ def pivot_of(members, mass):
 
 
 class Head(NamedTuple):
-    """The tokens of one head as float64 arrays; `windows` by the number of newest queries."""
+    """The tokens of one head as float64 arrays; `windows` by the number of newest queries.
+
+    number: which KV head of the layer it is. queries: the newest, times the scaling, `(group, queries, head_dim)`, keys and
+    values of the tokens newer than these, and the logit of each query head's sink.
+    """
 
     keys: Any
     values: Any
@@ -94,6 +99,8 @@ class Head(NamedTuple):
     windows: dict[int, Any]
     position: int
     seen: int
+    number: int = 0
+    queries: Any = None
 
     def mean_attention(self):
         """Attention received, divided by the number of queries that could give it: the token's own and all later ones."""
@@ -104,16 +111,29 @@ def head_of(tokens, row, head):
     """One head of `Tokens`."""
     keys, values, mass = (part[row, head].double().numpy() for part in (tokens.keys, tokens.values, tokens.mass))
     windows = {size: received[row, head].double().numpy() for size, received in tokens.windows.items()}
-    return Head(keys, values, mass, windows, tokens.position, tokens.seen)
+    queries = tokens.queries
+    if queries is not None:
+        sinks = [-math.inf] * queries.states.shape[2] if queries.sinks is None else queries.sinks[head].tolist()
+        parts = (queries.states, queries.keys, queries.values)
+        queries = [*(part[row, head].double().numpy() for part in parts), sinks]
+    number = head if tokens.heads is None else tokens.heads[head]
+    return Head(keys, values, mass, windows, tokens.position, tokens.seen, number, queries)
 
 
-def merge_set(keys, values, members, mass, combination):
+def merge_set(keys, values, members, mass, combination, *, pivot=None):
     """Key, value and bias of the slot of one set (KVMerger, section 4.2, with the options of `Combination`)."""
     keys, values = np.asarray(keys, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    pivot, size = pivot_of(members, mass), len(members)
+    pivot, size = pivot_of(members, mass) if pivot is None else pivot, len(members)
+    alike = [1.0 if token == pivot else cosine(keys[token], keys[pivot]) for token in members]
     squared = [sum((a - b) ** 2 for a, b in zip(keys[pivot], keys[token], strict=True)) for token in members]
-    if combination.weights == "pivot":
+    if combination.weights == "pivot" or size == 1:
         weights = [float(token == pivot) for token in members]
+    elif combination.weights == "similarity":
+        weights = [math.exp(one) / sum(map(math.exp, alike)) for one in alike]
+    elif combination.weights == "midpoints":
+        weights = [0.5 / size + (token == pivot) / 2 for token in members]
+    elif combination.weights == "cosines":
+        weights = [one / size for one in alike]
     elif combination.weights == "average" or (combination.weights == "attention" and not mass[pivot]):
         weights = [1 / size] * size
     elif combination.weights == "attention":
@@ -137,9 +157,12 @@ def merge_set(keys, values, members, mass, combination):
     return key, value, 0.0 if combination.bias == "none" else math.log(size)
 
 
-def affinities(name, head):
+def affinities(name, head, seed=0):
     """How readily each token of one head gives up its slot, by the definitions in the docstrings."""
     keys, count = head.keys, len(head.keys)
+    published = field.affinity(name, head, seed)
+    if published is not None:
+        return published
     if name == "cosine":
         return [-math.inf] + [cosine(keys[t - 1], keys[t]) for t in range(1, count)]
     if name == "displacement":
@@ -164,9 +187,9 @@ def lost_tokens(policy, head, protected, *, epsilon=None, count=None):
     any token and the threshold: where it is within single precision, nothing can be compared.
     """
     tokens = len(head.keys)
-    affinity = affinities(policy.affinity, head)
-    drops = policy.rule == "drop"
-    allowed = [t for t in range(tokens) if not protected[t] and (drops or (t > 0 and not protected[t - 1]))]
+    affinity = affinities(policy.affinity, head, policy.seed)
+    apart = policy.rule not in ("chain", "anchor", "complete")
+    allowed = [t for t in range(tokens) if not protected[t] and (apart or (t > 0 and not protected[t - 1]))]
     first = set()
     margin = math.inf
     if policy.rule in ("anchor", "complete"):
@@ -188,21 +211,41 @@ def lost_tokens(policy, head, protected, *, epsilon=None, count=None):
     return set(order[:losses]), margin
 
 
-def merge_head(policy, head, lost):
-    """The slots of one head once `lost` tokens gave up theirs: a list of (key, value, bias), in the order of the text."""
+def merge_head(policy, head, lost, protected):
+    """The slots of one head once `lost` tokens gave up theirs, and how clear the decisions on the way were.
+
+    Slots are a list of (key, value, bias), in the order of the text.
+    """
+    slots, margin = _joined(policy, head, lost, protected)
+    if policy.regression:
+        slots, clear = field.regressed(head, slots)
+        margin = min(margin, clear)
+    return slots, margin
+
+
+def _joined(policy, head, lost, protected):
     keys, values = head.keys, head.values
     tokens = range(len(keys))
+    by_attention = "attention" in (policy.combination.weights, policy.combination.bias)
+    received = head.mean_attention() if by_attention else head.mass
     if policy.rule == "drop":
-        return [(keys[t], values[t], 0.0) for t in tokens if t not in lost]
+        return [(keys[t], values[t], 0.0) for t in tokens if t not in lost], math.inf
+    if policy.rule.startswith("spread"):
+        return field.spread(policy, head, lost, protected)
+    if policy.rule in ("nearest", "residual"):
+        sets, margin = (
+            field.nearest_sets(policy, head, lost, protected)
+            if policy.rule == "nearest"
+            else field.residual_sets(affinities(policy.affinity, head, policy.seed), lost, protected)
+        )
+        return [merge_set(keys, values, sets[t], received, policy.combination, pivot=t) for t in sets], margin
     sets = []
     for token in tokens:
         if token in lost:
             sets[-1].append(token)
         else:
             sets.append([token])
-    by_attention = "attention" in (policy.combination.weights, policy.combination.bias)
-    received = head.mean_attention() if by_attention else head.mass
-    return [merge_set(keys, values, members, received, policy.combination) for members in sets]
+    return [merge_set(keys, values, members, received, policy.combination) for members in sets], math.inf
 
 
 def attention_weights(query, key, scaling, softcap=None):

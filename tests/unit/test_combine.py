@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvprofile.merging.combine import Combination, Slots, append_slots, combine, select_rows
+from kvprofile.merging.combine import Combination, combine
+from kvprofile.merging.slots import Slots, append_slots, select_rows
 from tests.unit.reference import PROPERTY, merge_set, pivot_of
 
 COMBINATIONS = {
@@ -25,6 +26,8 @@ COMBINATIONS = {
     "attention": Combination(weights="attention"),
     "attention, pivot's key kept": Combination(weights="attention", keep_pivot_key=True, bias="attention"),
     "sigma 5, attention's bias": Combination(sigma=5.0, bias="attention"),
+    "similarity": Combination(weights="similarity"),
+    "midpoints": Combination(weights="midpoints", bias="none"),
     "average, values scaled": Combination(weights="average", scale_values=True),
 }
 
@@ -174,6 +177,11 @@ def test_equal_keys_are_averaged_and_never_nan(name, key):
     sizes = torch.tensor([[4.0], [2.0], [4.0], [2.0]])
     means, newest = torch.tensor([[1.5], [4.5], [7.5], [10.5]]), torch.tensor([[3.0], [5], [9], [11]])
     expected = newest if combination.weights == "pivot" else means * (sizes if combination.scale_values else 1)
+    if combination.weights == "midpoints":
+        expected = (means + newest) / 2  # half of every weight is the pivot's
+    if combination.weights == "similarity" and not key:
+        # A zero key has no direction: its cosine with the pivot is 0, and the pivot's own 1.
+        expected = (means * sizes + newest * (math.e - 1)) / (sizes + math.e - 1)
     torch.testing.assert_close(slots.values, expected)
 
 
@@ -229,6 +237,8 @@ def test_inputs_are_left_alone():
         ({"bias": "size"}, "unknown bias 'size'; expected one of count, attention, none"),
         ({"bias": True}, "unknown bias True; expected one of count"),
         ({"sigma": "max"}, "unknown sigma 'max'; expected a number or one of mean, rms"),
+        ({"threshold": 1.5}, "threshold must be a cosine from -1 to 1 or mean, got 1.5"),
+        ({"threshold": "median"}, "threshold must be a cosine from -1 to 1 or mean, got 'median'"),
         ({"sigma": 0.0}, "sigma must be above 0, got 0"),
         ({"sigma": -1.0}, "sigma must be above 0, got -1"),
         ({"sigma": math.nan}, "sigma must be above 0, got nan"),

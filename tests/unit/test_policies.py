@@ -8,16 +8,20 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvprofile.merging.affinity import AFFINITIES, Tokens
+from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.combine import Combination
-from kvprofile.merging.policies import POLICIES, Policy, merge_layer, merge_tokens, most_affine
+from kvprofile.merging.losses import most_affine
+from kvprofile.merging.merge import merge_layer, merge_tokens
+from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection, protected_tokens
+from kvprofile.merging.sets import RULES
+from kvprofile.merging.tokens import Tokens
 from tests.unit.builders import random_tokens
 from tests.unit.reference import PROPERTY, affinities, clear_of, cosines, forced_slots, head_of, lost_tokens, merge_head
 
 NAMES = list(POLICIES)
-DROPS = [name for name in NAMES if POLICIES[name].rule == "drop"]
-MERGES = [name for name in NAMES if name not in DROPS]
+DROPS = ["h2o", "value-attention", "snapkv", "snapkv-128", "streaming"]
+MERGES = [name for name in NAMES if POLICIES[name].rule in RULES and not name.endswith("-off")]
 BIASED = [name for name in MERGES if POLICIES[name].combination.bias == "count"]
 # Rules the named policies do not use, so that these are covered too.
 EXTRA = {
@@ -64,7 +68,11 @@ def _assert_same(found, expected):
 def _rows(tokens, rows):
     """Some rows of the batch."""
     windows = {size: received[rows] for size, received in tokens.windows.items()}
-    return replace(tokens, keys=tokens.keys[rows], values=tokens.values[rows], mass=tokens.mass[rows], windows=windows)
+    queries = tokens.queries
+    if queries is not None:
+        queries = replace(queries, **{part: getattr(queries, part)[rows] for part in ("states", "keys", "values")})
+    parts = {part: getattr(tokens, part)[rows] for part in ("keys", "values", "mass")}
+    return replace(tokens, **parts, windows=windows, queries=queries)
 
 
 def _epsilon(tokens, fraction=0.5):
@@ -111,11 +119,17 @@ def _assert_loops(policy, tokens, heavy, epsilon, count):
         )
         if margin < 2e-5:
             return False
-        expected = merge_head(policy, one, lost)
+        expected, clear = merge_head(policy, one, lost, protected[place])
+        if clear < 2e-5:
+            return False
+        # Solving for values multiplies rounding errors.
+        relative = 2e-3 if policy.regression else 1e-5
         assert slots.lengths[place] == len(expected)
         for found, wanted in zip(heads[place], zip(*expected, strict=True), strict=False):
             wanted = np.stack(wanted)  # noqa: PLW2901
-            np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-5 * max(1e-30, np.abs(wanted).max()))
+            np.testing.assert_allclose(
+                found.numpy(), wanted, rtol=relative, atol=relative * max(1e-30, np.abs(wanted).max())
+            )
     return True
 
 
@@ -159,7 +173,7 @@ def test_slots_for_a_threshold_are_the_loops(case):
 def test_every_head_ends_with_the_slots_asked_for(case, data):
     policy, tokens, heavy, fraction = case
     batch, kv_heads, number = tokens.keys.shape[:3]
-    forced = [forced_slots(marks, drops=policy.rule == "drop") for marks in _protected(policy, tokens, heavy)]
+    forced = [forced_slots(marks, drops=policy.rule not in RULES) for marks in _protected(policy, tokens, heavy)]
     asked = [data.draw(st.integers(low, number)) for low in forced]
     epsilon = torch.full((kv_heads,), fraction * 2 - 1)
     slots = merge_tokens(tokens, policy, epsilon=epsilon, count=torch.tensor(asked).view(batch, kv_heads), heavy=heavy)
@@ -259,6 +273,7 @@ def test_of_equals_the_older_is_dropped(name):
 @given(case=_cases())
 def test_protected_tokens_survive_bit_for_bit(case):
     policy, tokens, heavy, fraction = case
+    policy = replace(policy, regression=False)  # it changes values everywhere, on purpose
     batch, kv_heads = tokens.keys.shape[:2]
     epsilon = torch.full((kv_heads,), fraction * 2 - 1)
     slots = merge_tokens(tokens, policy, epsilon=epsilon, count=torch.zeros(batch, kv_heads).long(), heavy=heavy)
@@ -275,7 +290,7 @@ def test_protected_tokens_survive_bit_for_bit(case):
         assert places == sorted(places)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*DROPS, *MERGES, *EXTRA])
 @pytest.mark.parametrize("count", [None, 7])
 def test_slots_are_in_the_order_of_the_text(name, count):
     tokens = random_tokens(5, heads=3, count=25)
@@ -376,11 +391,12 @@ def test_heads_under_several_policies_are_merged_as_if_alone(names, seed, counte
 @pytest.mark.parametrize("name", ALL)
 def test_policies_need_only_what_they_say(name):
     policy = ALL[name]
-    tokens = random_tokens(8, heads=2, count=15, position=10)
+    tokens = random_tokens(8, heads=2, count=15)
     bare = replace(
         tokens,
         mass=tokens.mass if policy.needs_mass else None,
         windows={} if policy.window is None else {policy.window: tokens.windows[policy.window]},
+        queries=tokens.queries.newest(policy.queries) if policy.queries else None,
     )
     arguments = {"epsilon": torch.tensor([0.4, 0.7]), "count": torch.full((1, 2), 6)}
     heavy = 2 if policy.protection.heavy_share else 0
@@ -404,7 +420,7 @@ def test_policies_round_trip_through_plain_values(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cosine", "nearest"), "unknown rule 'nearest'; expected one of chain, anchor, complete, drop"),
+        (("cosine", "cluster"), "unknown rule 'cluster'; expected one of chain, anchor, complete, drop"),
         (("beauty", "chain"), "unknown affinity 'beauty'; expected one of cosine, displacement"),
         (("mass", "anchor"), "the rule anchor goes by cosine, not by mass"),
         (("age", "complete"), "the rule complete goes by cosine, not by age"),

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprofile.merging.affinity import AFFINITIES, NEEDS_MASS, WINDOWS, mean_attention
+from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.scores import MASS_STRIDE, POOL, QUERY_BLOCK, attention_mass, pooled, window_mass
-from tests.unit.builders import random_tokens
+from kvprofile.merging.tokens import mean_attention
+from tests.unit.builders import WINDOWS, random_tokens
 from tests.unit.reference import PROPERTY, affinities, attention_weights, head_of, mass_of
 
 SCALING = 0.4
@@ -60,6 +61,21 @@ def test_mass_over_several_blocks_of_queries(queries, stride):
     rows = range(queries - 1, -1, -stride)
     mass = attention_mass(query, key, SCALING, stride=stride).numpy()
     np.testing.assert_allclose(mass, _expected(query, key, rows) * queries / len(rows), rtol=1e-5, atol=1e-4)
+
+
+def test_sinks_take_their_part_of_every_query():
+    query, key = _inputs(6, batch=2, kv_heads=2, group=2, queries=9, tokens=12)
+    sinks = torch.tensor([0.3, -2.0, 1.5, 4.0])
+    mass = attention_mass(query, key, SCALING, stride=2, sinks=sinks).double().numpy()
+    expected = np.zeros(mass.shape)
+    for row, head, asked in np.ndindex(2, 4, 5):
+        seen = 2 * asked + 4
+        logits = SCALING * key[row, head // 2, :seen].double().numpy() @ query[row, head, 2 * asked].double().numpy()
+        weights = np.exp(logits)
+        expected[row, head // 2, :seen] += weights / (weights.sum() + np.exp(sinks[head].item())) * 9 / 5
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-5)
+    everything = window_mass(query, key, SCALING, window=9, sinks=sinks)
+    torch.testing.assert_close(everything, pooled(attention_mass(query, key, SCALING, sinks=sinks)))
 
 
 def test_a_strided_mass_is_the_mass_of_those_queries_alone():
@@ -136,6 +152,10 @@ def test_affinities_look_only_at_what_they_should(name):
         128: replace(tokens, windows={**tokens.windows, 128: tokens.windows[128].flip(2)}),
         "position": replace(tokens, position=2),
         "seen": replace(tokens, seen=77),
+        "queries": replace(tokens, queries=replace(tokens.queries, states=tokens.queries.states.flip(3))),
+        "newer": replace(tokens, queries=replace(tokens.queries, keys=tokens.queries.keys.flip(2))),
+        "heads": replace(tokens, heads=(2, 1, 0)),
+        "seed": replace(tokens, seed=1),
     }
     read = {
         "cosine": {"keys"},
@@ -146,18 +166,25 @@ def test_affinities_look_only_at_what_they_should(name):
         "window": {32},
         "long-window": {128},
         "age": set(),
+        "keydiff": {"keys"},
+        "nested": {"keys"},
+        "expected": {"keys", "values", "queries"},
+        "decayed": {"keys", "position", "seen", "queries", "newer"},
+        "random": {"position", "heads", "seed"},
     }
     for part, other in changed.items():
         assert torch.equal(AFFINITIES[name](other), before) == (part not in read[name])
-    assert (name in NEEDS_MASS) == ("mass" in read[name])
-    assert {WINDOWS.get(name)} - {None} == read[name] & {32, 128}
+    # Without the queries, which are there only once, mass takes their place.
+    assert AFFINITIES[name].mass == bool(read[name] & {"mass", "queries"})
+    assert {AFFINITIES[name].window} - {None} == read[name] & {32, 128}
+    assert bool(AFFINITIES[name].queries) == ("queries" in read[name])
     # The length of a key does not matter to the cosine, and every head stands for itself.
     if name == "cosine":
         torch.testing.assert_close(AFFINITIES[name](replace(tokens, keys=tokens.keys * 3)), before)
     assert torch.equal(AFFINITIES[name](tokens.of_heads([2, 0])), before[:, [2, 0]])
-    without = replace(tokens, mass=None, windows={}).of_heads([1])
+    without = replace(tokens, mass=None, windows={}, queries=None).of_heads([1])
     assert (without.mass, without.windows, without.keys.shape) == (None, {}, (1, 1, 9, 4))
-    if read[name] & {"mass", 32, 128}:
+    if read[name] & {"mass", "queries", 32, 128}:
         with pytest.raises(ValueError, match="needs attention received, and none was measured"):
             AFFINITIES[name](without)
 
@@ -165,7 +192,7 @@ def test_affinities_look_only_at_what_they_should(name):
 def test_no_attention_at_all_gives_no_nan():
     tokens = random_tokens(8, count=6)
     silence = torch.zeros(1, 2, 6)
-    silent = replace(tokens, mass=silence, windows=dict.fromkeys(WINDOWS.values(), silence))
+    silent = replace(tokens, mass=silence, windows=dict.fromkeys(WINDOWS, silence))
     for name in AFFINITIES:
         assert not AFFINITIES[name](silent).isnan().any()
 

@@ -1,0 +1,79 @@
+"""Merging a layer: its tokens become slots, every KV head under its policy."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvprofile.merging.joining import JOINS
+from kvprofile.merging.losses import Losses, most_affine
+from kvprofile.merging.policies import Policy
+from kvprofile.merging.protect import protected_tokens
+from kvprofile.merging.regression import regress
+from kvprofile.merging.sets import RULES, find_sets, mergeable_links
+from kvprofile.merging.slots import Slots
+from kvprofile.merging.tokens import Tokens
+
+
+def merge_tokens(
+    tokens: Tokens, policy: Policy, *, epsilon: Tensor | None = None, count: Tensor | None = None, heavy: int = 0
+) -> Slots:
+    """Turn the tokens of one layer into slots under a policy.
+
+    `epsilon` `(kv_heads,)`: tokens at least this affine give up their slots, and slots emerge. `count`
+    `(batch, kv_heads)`: every head ends with exactly that many slots, as far as protected tokens allow. Anchor and
+    complete sets are found at `epsilon` first and then, with `count`, joined or split at their most and least similar
+    neighbours; all other policies take one of the two. `heavy` tokens are protected for their mass.
+    """
+    protected = protected_tokens(policy.protection, tokens, heavy)
+    affinity = policy.rank(tokens)
+    allowed = F.pad(mergeable_links(protected), (1, 0), value=False) if policy.rule in RULES else ~protected
+    if policy.rule in ("anchor", "complete"):
+        if epsilon is None:
+            raise ValueError(f"the rule {policy.rule} needs thresholds")
+        lost = ~find_sets(tokens.keys, epsilon, policy.rule, protected)
+        # Cosines lie within [-1, 1]: adding 4 puts every link of a set before every link between two sets.
+        affinity = affinity + 4.0 * lost
+    elif count is None:
+        if epsilon is None:
+            raise ValueError("either thresholds or slot counts are needed")
+        lost = (affinity >= epsilon.to(affinity.device, affinity.dtype)[None, :, None]) & allowed
+    if count is not None:
+        lost = most_affine(affinity, allowed, affinity.shape[-1] - count.to(affinity.device))
+    slots = JOINS[policy.rule](Losses(replace(tokens, seed=policy.seed), affinity, lost, protected), policy.combination)
+    return regress(tokens, slots) if policy.regression else slots
+
+
+def merge_layer(
+    tokens: Tokens,
+    policies: tuple[tuple[Policy, tuple[int, ...]], ...],
+    *,
+    epsilon: Tensor,
+    count: Tensor | None,
+    heavy: tuple[int, ...],
+) -> Slots:
+    """Turn the tokens of one layer into slots, every KV head under its own policy.
+
+    `policies` pairs a policy with the KV heads that follow it; `heavy` has one entry per pair; the rest is as in
+    `merge_tokens`.
+    """
+    if len(policies) == 1:
+        return merge_tokens(tokens, policies[0][0], epsilon=epsilon, count=count, heavy=heavy[0])
+    batch, kv_heads = tokens.keys.shape[:2]
+    pieces: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    for (policy, heads), protected in zip(policies, heavy, strict=True):
+        index = list(heads)
+        slots = merge_tokens(
+            tokens.of_heads(index),
+            policy,
+            epsilon=epsilon[index],
+            count=None if count is None else count[:, index],
+            heavy=protected,
+        )
+        split = zip(*(part.split(slots.lengths) for part in (slots.keys, slots.values, slots.bias)), strict=True)
+        for place, piece in enumerate(split):
+            pieces[place // len(heads), heads[place % len(heads)]] = piece
+    ordered = [pieces[row, head] for row in range(batch) for head in range(kv_heads)]
+    keys, values, bias = (torch.cat(parts) for parts in zip(*ordered, strict=True))
+    return Slots(keys, values, bias, [len(piece[0]) for piece in ordered])

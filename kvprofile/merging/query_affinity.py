@@ -1,0 +1,55 @@
+"""Affinities made from the newest queries themselves, where attention received from each of them apart is needed.
+
+The queries of the prompt are there once, when it is compressed. Tokens of later pieces go by the attention they received
+while they were recent.
+"""
+
+import torch
+from torch import Tensor
+
+from kvprofile.merging.tokens import Tokens, mean_attention, relative
+
+FUTURE_QUERIES = 256
+DECAY_QUERIES = 128
+DECAY = 0.98
+
+
+def expected(tokens: Tokens) -> Tensor:
+    """Minus the attention expected from future queries times the length of the value (Expected Attention, arXiv 2510.00636).
+
+    If queries are Gaussian with mean m and covariance S, a key's expected weight is exp(m.k / sqrt d + k'Sk / 2d); a softmax
+    over the tokens, the mean over the query heads of the group, times |v|. The published method takes m and S from the queries
+    before rotary embedding and rotates them on by the average of the next 512 positions; here they are those of the newest 256
+    queries as they were rotated.
+    """
+    length = tokens.values.float().norm(dim=-1)
+    if tokens.queries is None:
+        return -relative(mean_attention(tokens) * length)
+    states = tokens.queries.newest(FUTURE_QUERIES).states
+    keys = tokens.keys.float()[:, :, None]
+    mean = states.mean(3, keepdim=True)
+    centred = states - mean
+    covariance = centred.transpose(-1, -2) @ centred / states.shape[3]
+    logits = (keys * mean).sum(-1) + ((keys @ covariance) * keys).sum(-1) / 2
+    return -relative(torch.softmax(logits, dim=-1).mean(2) * length)
+
+
+def decayed(tokens: Tokens) -> Tensor:
+    """Minus the attention received, each query's counting 0.98 times the next one's (ZSMerge, arXiv 2503.10714).
+
+    Queries older than the newest 128 count less than 0.98^128 = 8% of the newest and are left out.
+    """
+    if tokens.queries is None:
+        return -relative(mean_attention(tokens))
+    queries = tokens.queries.newest(DECAY_QUERIES)
+    asked, count = queries.states.shape[3], tokens.keys.shape[2]
+    logits = queries.logits(torch.cat([tokens.keys, queries.keys], dim=2))
+    places = torch.arange(logits.shape[-1], device=logits.device) + tokens.position
+    own = torch.arange(asked, device=logits.device) + tokens.seen - asked
+    logits = logits.masked_fill(places[None, :] > own[:, None], -torch.inf)
+    if queries.sinks is not None:
+        sinks = queries.sinks[None, :, :, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    received = torch.softmax(logits, dim=-1)[..., :count]
+    share = DECAY ** torch.arange(asked - 1, -1, -1, device=logits.device)
+    return -relative((received * share[:, None]).sum((2, 3)))

@@ -1,0 +1,134 @@
+"""What a policy sees: the tokens of one layer, and the newest queries that looked at them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The newest queries of the text, and what they look at beside the tokens at hand.
+
+    states `(batch, kv_heads, group, queries, head_dim)`, already multiplied by the scaling: a query's product with a key is
+    the logit, up to the soft cap. keys, values `(batch, kv_heads, newer, dim)`: of the tokens newer than those at hand. sinks
+    `(kv_heads, group)`: logits of attention sinks the model adds to every softmax, if any.
+    """
+
+    states: Tensor
+    keys: Tensor
+    values: Tensor
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def logits(self, keys: Tensor) -> Tensor:
+        """Logits `(batch, kv_heads, group, queries, keys)` over keys `(batch, kv_heads, keys, head_dim)`."""
+        logits = self.states @ keys.float().transpose(-1, -2)[:, :, None]
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def newest(self, count: int) -> "Queries":
+        """The newest `count` of them."""
+        return replace(self, states=self.states[..., max(0, self.states.shape[3] - count) :, :])
+
+
+def newest_queries(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    *,
+    count: int,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Queries:
+    """The newest `count` of the queries `(batch, heads, queries, head_dim)` of an attention over all of `keys`."""
+    kv_heads = keys.shape[1]
+    states = query[:, :, max(0, query.shape[2] - count) :].float() * scaling
+    grouped = states.unflatten(1, (kv_heads, -1))
+    own = None if sinks is None else sinks.float().view(kv_heads, -1)
+    return Queries(grouped, keys[:, :, :0], values[:, :, :0], softcap, own)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a policy sees of the tokens it may merge or drop; the protected recent tokens are not among them.
+
+    keys `(batch, kv_heads, tokens, head_dim)`, values `(batch, kv_heads, tokens, value_dim)`. mass
+    `(batch, kv_heads, tokens)`: attention received from all queries; windows: attention received from the newest queries,
+    by their number, pooled over neighbours; queries: the newest queries themselves; each only where a policy at hand asks
+    for it, and queries only until the first slots exist. position: true position of the first token. seen: tokens of the
+    text so far, these and newer ones. heads: which KV heads of the layer these are (None: all, in order). seed: of what
+    a policy draws.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mass: Tensor | None
+    windows: dict[int, Tensor]
+    position: int
+    seen: int
+    queries: Queries | None = None
+    heads: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def of_heads(self, heads: list[int]) -> "Tokens":
+        """The same tokens, of some KV heads only."""
+        known = range(self.keys.shape[1]) if self.heads is None else self.heads
+        queries = self.queries
+        if queries is not None:
+            queries = Queries(
+                queries.states[:, heads],
+                queries.keys[:, heads],
+                queries.values[:, heads],
+                queries.softcap,
+                None if queries.sinks is None else queries.sinks[heads],
+            )
+        return replace(
+            self,
+            keys=self.keys[:, heads],
+            values=self.values[:, heads],
+            mass=None if self.mass is None else self.mass[:, heads],
+            windows={size: received[:, heads] for size, received in self.windows.items()},
+            queries=queries,
+            heads=tuple(known[head] for head in heads),
+        )
+
+    def oldest(self, count: int) -> "Tokens":
+        """The oldest `count` of the tokens; the queries still see the others."""
+        queries = self.queries
+        if queries is not None:
+            queries = replace(
+                queries,
+                keys=torch.cat([self.keys[:, :, count:], queries.keys], dim=2),
+                values=torch.cat([self.values[:, :, count:], queries.values], dim=2),
+            )
+        return replace(
+            self,
+            keys=self.keys[:, :, :count],
+            values=self.values[:, :, :count],
+            mass=None if self.mass is None else self.mass[..., :count],
+            windows={size: received[..., :count] for size, received in self.windows.items()},
+            queries=queries,
+        )
+
+
+def mean_attention(tokens: Tokens) -> Tensor:
+    """Attention received per query that could give it: `(batch, kv_heads, tokens)`.
+
+    The plain sum favours old tokens, which more queries have seen.
+    """
+    queries = tokens.seen - tokens.position - torch.arange(tokens.keys.shape[2], device=tokens.keys.device)
+    return measured(tokens.mass) / queries
+
+
+def measured(received: Tensor | None) -> Tensor:
+    """Attention received. Raises ValueError where none was measured."""
+    if received is None:
+        raise ValueError("this affinity needs attention received, and none was measured")
+    return received
+
+
+def relative(received: Tensor | None) -> Tensor:
+    """Attention received, in units of its mean over the tokens at hand: a threshold means the same at every length."""
+    received = measured(received)
+    return received / received.mean(-1, keepdim=True).clamp_min(1e-30)
