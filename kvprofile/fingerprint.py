@@ -45,14 +45,20 @@ def model_facts(config: Any) -> dict[str, Any]:
         "query_heads": heads,
         "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        "attention": list(
-            getattr(text, "layer_types", None)
-            or ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
-            * text.num_hidden_layers
-        ),
+        "attention": _attention(text),
         "rope": json.loads(json.dumps(values["rope_parameters"], default=str)),
         "config_hash": hashlib.sha256(encoded.encode()).hexdigest(),
     }
+
+
+def _attention(text: Any) -> list[str]:
+    """The kind of every layer; `shared_attention` where a layer reads the keys of one before it and stores none."""
+    kinds = list(
+        getattr(text, "layer_types", None)
+        or ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"] * text.num_hidden_layers
+    )
+    sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(kinds)
+    return ["shared_attention" if mode == "reuse" else kind for kind, mode in zip(kinds, sharing, strict=True)]
 
 
 def check_fit(name: str, profile: dict[str, Any], model: dict[str, Any]) -> None:

@@ -65,9 +65,9 @@ def generate(
             merger.detach()
     text = loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
     seen = cache.get_seq_length()
-    token_bytes = sum(
-        2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in cache.layers
-    )
+    # Layers that share another layer's keys, and linear ones, store none.
+    stored = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    token_bytes = sum(2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in stored)
     if merger is None:
         return Generation(text, seen, seen, stock_bytes(cache), seen * token_bytes)
     lengths = [count for index in merger.settings.layers for row in cache.slots()[index] for count in row]

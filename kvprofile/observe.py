@@ -16,7 +16,8 @@ from transformers.cache_utils import (
 )
 
 from kvprofile.errors import KVProfileError
-from kvprofile.runtime.attention import MARK, AttentionCall, install, restore
+from kvprofile.runtime.attention import MARK, AttentionCall
+from kvprofile.runtime.install import install, restore
 from kvprofile.runtime.masks import LogicalLength
 
 Watcher = Callable[[int, AttentionCall, Tensor], None]
@@ -26,11 +27,13 @@ class _WatchedLayer(CacheLayerMixin):
     """Passes keys and values through, so that they reach our attention function marked."""
 
     slots = None
+    needs_mass = False
 
     def __init__(self, index: int, is_sliding: bool, observer: "Observer") -> None:
         super().__init__()
         self.index, self.is_sliding, self.observer = index, is_sliding, observer
         self.context: tuple[Tensor, Tensor] | None = None
+        self.unread = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -42,13 +45,23 @@ class _WatchedLayer(CacheLayerMixin):
         if self.observer.keeps:
             self.context = key_states, value_states
         setattr(key_states, MARK, self)
+        self.unread = True
         return key_states, value_states
+
+    def check(self, call: AttentionCall) -> None:
+        pass
+
+    def hidden(self) -> None:
+        return None
 
     def attended(self, call: AttentionCall, output: Tensor, _tail_mass: Tensor | None) -> None:
         self.observer.seen = True
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()  # the first layer's: the graph begins here, the weights take no gradient
-        self.observer.watch(self.index, call, output)
+        # Layers that read another layer's keys are not watched beside it.
+        if self.unread:
+            self.unread = False
+            self.observer.watch(self.index, call, output)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return LogicalLength(self.get_seq_length() + query_length), 0

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from kvprofile.errors import KVProfileError
+
 
 class LogicalLength(int):
     """A number of tokens seen (not of slots stored) that comes from one of our caches."""
@@ -24,7 +26,7 @@ class MaskRecipe:
         self._arguments = arguments
         self._stock: torch.Tensor | None = None
         self._built = False
-        self._causal: bool | None = None
+        self._padding: list[int] | None = None
 
     def stock(self) -> torch.Tensor | None:
         """The mask the stock attention of this implementation would get."""
@@ -33,16 +35,37 @@ class MaskRecipe:
             self._built = True
         return self._stock
 
-    def is_causal(self) -> bool:
-        """True if every query sees every token up to its own position and nothing is padded."""
-        if self._causal is None:
-            padding = self._arguments.get("attention_mask")
-            self._causal = (
-                self._arguments.get("mask_function") is causal_mask_function
-                and self._arguments.get("local_size") is None
-                and (padding is None or bool(padding.all()))
+    def padding(self) -> list[int]:
+        """Tokens of padding before the text of every batch row.
+
+        Raises KVProfileError where the mask is anything but causal attention to texts padded on the left.
+        """
+        if self._padding is None:
+            self._padding = self._left_padding()
+        return self._padding
+
+    def _left_padding(self) -> list[int]:
+        arguments = self._arguments
+        if arguments["mask_function"] is not causal_mask_function or arguments.get("local_size") is not None:
+            raise KVProfileError(
+                "a merged cache knows causal attention only, and this model or call asks for another mask (packed texts, "
+                "attention in both directions, ...); use the stock cache"
             )
-        return self._causal
+        mask, seen = arguments["attention_mask"], int(arguments["kv_length"])
+        if mask is None:
+            return [0] * arguments["batch_size"]
+        if mask.shape[-1] != seen:
+            raise KVProfileError(
+                f"attention_mask covers {mask.shape[-1]} tokens, but with these the cache has seen {seen}; pass the mask of "
+                "the whole text, or start with a new merger.cache() if this is another text"
+            )
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise KVProfileError(
+                "attention_mask hides tokens after the text has begun, and a merged cache takes padding on the left only; "
+                "set tokenizer.padding_side = 'left', or run the prompts one by one"
+            )
+        padding: list[int] = (~mask).sum(-1).tolist()
+        return padding
 
     def to(self, *_args: Any, **_kwargs: Any) -> "MaskRecipe":
         """Stay as it is: accelerate moves every argument of a layer with `.to`."""

@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from kvprofile.errors import KVProfileError
 from kvprofile.fingerprint import check_fit, model_facts
-from kvprofile.runtime.attention import install, restore
-from kvprofile.runtime.cache import Attachment, MergedCache
+from kvprofile.runtime.attachment import Attachment
+from kvprofile.runtime.cache import MergedCache
+from kvprofile.runtime.install import install, refuse_compiled, restore
 from kvprofile.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -49,14 +50,15 @@ class KVMerger:
         if self.model is not None:
             raise KVProfileError("this merger is attached already; detach it first, or make another from the profile")
         check_fit(self.settings.model_name, self.settings.facts, model_facts(model.config))
-        install(model)
-        self.model, self.attachment = model, Attachment()
+        self.attachment = Attachment(install(model))
+        self.model = model
         return self
 
     def cache(self) -> MergedCache:
         """An empty cache for one generation."""
         if self.model is None:
             raise KVProfileError("the merger is not attached to a model; call merger.attach(model) first")
+        refuse_compiled(self.model)
         return MergedCache(self.model.config, self.settings.layers, self.attachment)
 
     def detach(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from kvprofile.merging.policies import Policy
 
 SCHEMA_VERSION = 1
 MODES = ("threshold", "exact")
+CHUNK = 32  # tokens that age before they are merged; stored slots exceed the plan by no more, protected tokens aside
+LONGEST_CHUNK = 64  # the same for heads with shares of less than a slot in 32 tokens
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,34 @@ class LayerSetting:
     share: Tensor
     exact: bool
 
-    @property
+    @cached_property
     def keeps_all(self) -> bool:
         """True if no head of the layer ever merges."""
         return bool((self.share >= 1).all()) if self.exact else bool(self.epsilon.isinf().all())
 
-    @property
+    @cached_property
+    def chunk(self) -> int:
+        """How many tokens age before they are merged.
+
+        At least one slot is made of a head's chunk, so a smaller share needs a longer chunk to be met while the text grows.
+        """
+        least = float(self.share.min())
+        return CHUNK if not self.exact else min(LONGEST_CHUNK, max(CHUNK, math.ceil(1 / max(least, 1 / LONGEST_CHUNK))))
+
+    @cached_property
     def needs_mass(self) -> bool:
         """True if a policy of the layer needs the attention mass."""
         return any(policy.needs_mass for policy, _ in self.policies)
 
-    @property
+    @cached_property
     def windows(self) -> set[int]:
         """How many of the newest queries the layer's policies look at."""
         return {policy.window for policy, _ in self.policies if policy.window is not None}
+
+    @cached_property
+    def queries(self) -> int:
+        """How many of the newest queries themselves the layer's policies need."""
+        return max(policy.queries for policy, _ in self.policies)
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,9 @@ class Settings:
             strays = layers.keys() - set(range(facts["layers"]))
             if strays:
                 raise ValueError(f"plan names layers {sorted(strays)} of a model with {facts['layers']}")
+            others = [index for index in layers if facts["attention"][index] != "full_attention"]
+            if others:
+                raise ValueError(f"plan names layers {others}, which have no full attention of their own")
             settings = cls(facts["name"], facts, layers)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MismatchError(

@@ -14,8 +14,9 @@ from transformers import DynamicCache, Lfm2Config, PreTrainedModel
 
 from kvprofile import KVMerger
 from kvprofile.merging.policies import POLICIES
-from kvprofile.runtime.cache import CHUNK, MergedCache
-from tests.unit.merge_reference import read
+from kvprofile.runtime.cache import MergedCache
+from kvprofile.runtime.settings import CHUNK
+from tests.unit.merge_reference import REPLAYED, read
 from tests.unit.tiny_models import VOCAB, head, profile_values, random_model, tiny_model, tiny_text, uniform_values
 
 # One epsilon for every affinity, used by the anchor policies and in threshold mode.
@@ -61,7 +62,7 @@ def wanted_slots(shares: list[float], tokens: int) -> list[int]:
     return whole
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", REPLAYED)
 @pytest.mark.parametrize("tokens", [160, 321])
 @torch.no_grad()
 def test_every_head_gets_its_slots(policy, tokens):
@@ -171,7 +172,7 @@ def test_the_bytes_reported_are_the_bytes_alive_after_rows_moved(change):
     assert cache.nbytes() == live_bytes() - before
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", REPLAYED)
 @torch.no_grad()
 def test_half_the_slots_take_half_the_bytes(policy):
     # One layer with heads as wide as real ones.
@@ -225,3 +226,44 @@ def test_a_growing_text_does_not_grow_the_bytes_beyond_the_plan():
     per_slot = 2 * 2 * 64 * 4 * 2
     # Slots, a chunk above the plan, and a chunk of slack; a few bytes of bias and mass beside each.
     assert cache.nbytes() <= 1.02 * per_slot * (0.5 * 420 + 2 * CHUNK + 1)
+
+
+@torch.no_grad()
+def test_a_long_generation_keeps_its_budget_and_leaves_nothing_behind():
+    model, prompt, steps = tiny_model(max_position_embeddings=2048), 1024, 1000
+    text = tiny_text(prompt + steps)
+    shares = (0.25, 0.5)
+    plan = profile_values(model, [head("absorb", share=shares[0]), head("gauss", share=shares[1])])
+    merger = KVMerger.from_profile(plan).attach(model)
+    fill(model, merger.cache(), text[:, :2], 1)
+    before = live_bytes()
+    cache = merger.cache()
+    model(text[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    a_slot = 2 * 2 * 16 * 4  # key and value of 16 floats, in two layers
+    for seen in range(prompt + 1, prompt + steps + 1):
+        model(text[:, seen - 1 : seen], past_key_values=cache, logits_to_keep=1)
+        for layer in cache.slots():
+            for slots, share in zip(layer[0], shares, strict=True):
+                assert share * seen - 1 <= slots <= share * seen + CHUNK + 1
+        # Slots of both heads, a chunk of room in the tail and, beside every slot, a bias and what it was looked at.
+        assert cache.nbytes() <= 1.07 * a_slot * (sum(shares) * seen + 4 * CHUNK)
+        if seen % 250 == 0:
+            assert cache.nbytes() == live_bytes() - before
+    del cache
+    assert live_bytes() == before
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05])
+@torch.no_grad()
+def test_a_share_of_less_than_a_slot_a_chunk_is_kept_too(share):
+    model, text = tiny_model(num_hidden_layers=1), tiny_text(1200)
+    cache = KVMerger.from_profile(uniform_values(model, share=share)).attach(model).cache()
+    read(model, cache, text[:, :100], [100])
+    excess = []
+    for seen in range(104, 1201, 4):
+        model(text[:, seen - 4 : seen], past_key_values=cache, logits_to_keep=1)
+        excess.append(max(cache.slots()[0][0]) - share * seen)
+        # 4 first and 32 recent tokens are protected.
+        assert excess[-1] <= max(CHUNK, 1 / share) + 4 + 32 + 1
+    # After a merge there is no more than that, at the end as at the beginning.
+    assert min(excess[-20:]) <= 4 + 32 + 1

@@ -2,25 +2,17 @@
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    DiffLlamaConfig,
-    FalconConfig,
-    Gemma3nTextConfig,
-    GptOssConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from kvprofile import KVMerger
 from kvprofile.errors import KVProfileError, MismatchError, UsageError
-from tests.unit.merge_reference import read, relative_error
-from tests.unit.tiny_models import VOCAB, random_model, tiny_model, tiny_text, uniform_values
+from kvprofile.runtime.install import install
+from tests.unit.merge_reference import read
+from tests.unit.tiny_models import VOCAB, tiny_model, tiny_text, uniform_values
 
 NOT_ATTACHED = "a merged cache was used with a model that is not attached"
 
@@ -33,13 +25,14 @@ def merging(model: PreTrainedModel, policy: str = "gauss", share: float = 0.5) -
 
 
 @pytest.mark.parametrize("tokens", [20, 120], ids=["short", "long"])
+@pytest.mark.parametrize("place", [slice(-7, None), slice(5, 9)], ids=["right", "middle"])
 @torch.no_grad()
-def test_a_padded_batch(tokens):
+def test_padding_that_is_not_on_the_left(tokens, place):
     model, text = tiny_model(), tiny_text(tokens, batch=2)
     mask = torch.ones_like(text)
-    mask[0, :7] = 0
+    mask[0, place] = 0
     cache = merging(model).cache()
-    with pytest.raises(KVProfileError, match="does not support padded batches"):
+    with pytest.raises(KVProfileError, match=r"takes padding on the left only; set tokenizer\.padding_side = 'left'"):
         model(text, attention_mask=mask, past_key_values=cache)
 
 
@@ -50,8 +43,32 @@ def test_a_batch_padded_after_the_prompt():
     model(text, past_key_values=cache)
     mask = torch.ones(2, 121, dtype=torch.long)
     mask[1, 120] = 0
-    with pytest.raises(KVProfileError, match="does not support padded batches"):
+    with pytest.raises(KVProfileError, match="takes padding on the left only"):
         model(text[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("later", [None, 5, 9])
+@torch.no_grad()
+def test_a_mask_that_changes_on_the_way(later):
+    model, text = tiny_model(), tiny_text(120, batch=2)
+    cache = merging(model).cache()
+    mask = torch.ones(2, 121, dtype=torch.long)
+    mask[1, :7] = 0
+    model(text, attention_mask=mask[:, :120], past_key_values=cache)
+    if later is not None:
+        mask[1] = 1
+        mask[1, :later] = 0
+    with pytest.raises(KVProfileError, match=rf"now shows {later or 0} tokens of padding in row 1, and 7 before"):
+        model(text[:, :1], attention_mask=None if later is None else mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_only():
+    model, text = tiny_model(), tiny_text(120)
+    cache = merging(model).cache()
+    model(text, past_key_values=cache)
+    with pytest.raises(KVProfileError, match="attention_mask covers 3 tokens, but with these the cache has seen 123"):
+        model(text[:, :3], attention_mask=torch.ones(1, 3), past_key_values=cache)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -140,9 +157,9 @@ def test_a_cache_whose_forward_failed_half_way(part, layer, merged_before):
 def test_a_cache_whose_batch_was_refused():
     model, text = tiny_model(), tiny_text(60, batch=2)
     mask = torch.ones_like(text)
-    mask[0, :7] = 0
+    mask[0, 30:40] = 0
     cache = merging(model).cache()
-    with pytest.raises(KVProfileError, match="padded"):
+    with pytest.raises(KVProfileError, match="padding"):
         model(text, attention_mask=mask, past_key_values=cache)
     # The first layer has stored the refused batch: going on would be wrong.
     with pytest.raises(KVProfileError, match=r"new merger\.cache\(\)"):
@@ -164,24 +181,6 @@ def test_a_reset_mends_a_cache_whose_forward_failed():
 
 
 # -- what cannot be undone
-
-
-@pytest.mark.parametrize("tokens", [-1, 3])
-@torch.no_grad()
-def test_cropping(tokens):
-    model = tiny_model()
-    cache = merging(model).cache()
-    model(tiny_text(120), past_key_values=cache)
-    cache.crop(0)
-    assert cache.get_seq_length() == 120
-    with pytest.raises(KVProfileError, match="cannot be cropped"):
-        cache.crop(tokens)
-
-
-def test_assisted_generation():
-    model, text = tiny_model(), tiny_text(120)
-    with pytest.raises(KVProfileError, match="generate without an assistant model or prompt lookup"):
-        model.generate(text, past_key_values=merging(model).cache(), prompt_lookup_num_tokens=3, max_new_tokens=20)
 
 
 @torch.no_grad()
@@ -209,88 +208,82 @@ def test_an_attention_implementation_without_a_counterpart(implementation):
     assert merger.attach(model).cache().get_seq_length() == 0
 
 
-_SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
-
-
-def sinks_config() -> PreTrainedConfig:
-    rope = {"rope_type": "default", "rope_theta": 1e4}
-    return GptOssConfig(**_SMALL, **_MIXED, num_local_experts=4, num_experts_per_tok=2, rope_parameters=rope)
-
-
-def sharing_config() -> PreTrainedConfig:
-    """The last two layers read the keys and values of the two before."""
-    return Gemma3nTextConfig(
-        **_SMALL,
-        **_MIXED,
-        num_kv_shared_layers=2,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=8,
-        altup_num_inputs=2,
-        laurel_rank=8,
-        activation_sparsity_pattern=[0.0] * 4,
-    )
-
-
-def mixing_config() -> PreTrainedConfig:
-    """Every layer calls attention twice, on halves of its values."""
-    return DiffLlamaConfig(**_SMALL)
-
-
-@torch.no_grad()
-def test_a_model_with_attention_sinks():
-    model, text = random_model(sinks_config(), attention="eager"), tiny_text(120)
-    cache = merging(model).cache()
-    with pytest.raises(KVProfileError, match="uses s_aux, which a merged cache does not support yet"):
-        model(text, past_key_values=cache)
-    stock = model(text).logits
-    keeping = KVMerger.from_profile(uniform_values(model)).attach(model)
-    assert torch.equal(model(text, past_key_values=keeping.cache()).logits, stock)
-
-
-@pytest.mark.parametrize("policy", ["gauss", "streaming"])
-@pytest.mark.parametrize("config", [sharing_config, mixing_config])
-@torch.no_grad()
-def test_a_model_that_uses_a_layers_keys_more_than_once(config: Callable[[], PreTrainedConfig], policy: str):
-    model, text = random_model(config()), tiny_text(121)
-    expected = model(text[:, :120]).logits
-    merger = KVMerger.from_profile(uniform_values(model, policy, share=0.5))
-    try:
-        cache = merger.attach(model).cache()
-        prompt = model(text[:, :120], past_key_values=cache).logits
-        model(text[:, 120:], past_key_values=cache)
-    except KVProfileError:
-        return
-    # Not refused: then the prompt must have been read exactly.
-    assert relative_error(prompt, expected) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
-        FalconConfig(
-            vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, multi_query=False, alibi=False
-        ),
-    ],
-    ids=["bloom", "falcon"],
-)
-def test_a_model_that_bypasses_the_attention_interface(config):
-    model = random_model(config, attention="eager")
+def test_a_model_in_training():
+    model = tiny_model().train()
     merger = KVMerger.from_profile(uniform_values(model, share=0.5))
-    with pytest.raises(KVProfileError):
+    with pytest.raises(KVProfileError, match=r"call model\.eval\(\) first"):
         merger.attach(model)
+    for layer in model.eval().model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    cache = merger.attach(model).cache()
+    model.train()
+    with pytest.raises(KVProfileError, match=r"call model\.eval\(\)"), torch.no_grad():
+        model(tiny_text(100), past_key_values=cache)
+
+
+def test_an_encoder_decoder():
+    config = T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = T5ForConditionalGeneration(config).eval()
+    with pytest.raises(KVProfileError, match=r"(encoder-decoder|does not use transformers' attention interface)"):
+        install(model)
+
+
+# -- other ways to run a model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("way", ["call", "forward", "wrapper"])
+def test_a_compiled_model(way, when):
+    model = tiny_model()
+    merger = KVMerger.from_profile(uniform_values(model, share=0.5))
+    if when == "after":
+        merger.attach(model)
+    target = model
+    match way:
+        case "call":
+            model.compile(backend="eager")
+        case "forward":
+            model.forward = torch.compile(model.forward, backend="eager")
+        case "wrapper":
+            target = torch.compile(model, backend="eager")
+    if way == "wrapper" and when == "after":
+        # The model itself is not compiled, and `generate` of the wrapper is that of the model.
+        text = tiny_text(100)
+        options = {"max_new_tokens": 5, "do_sample": False}
+        expected = model.generate(text, past_key_values=merger.cache(), **options)
+        assert torch.equal(target.generate(text, past_key_values=merger.cache(), **options), expected)
+        return
+    with pytest.raises(KVProfileError, match="the model is compiled"):
+        merger.attach(target) if when == "before" else merger.cache()
+
+
+def test_a_cache_is_not_compiled_by_generate():
+    cache = merging(tiny_model()).cache()
+    assert not cache.is_compileable
+    assert cache.get_max_length() == -1
+
+
+def test_a_trace_ends_where_keys_are_stored(monkeypatch):
+    model = tiny_model()
+    cache = merging(model).cache()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(KVProfileError, match="cannot be compiled; generate with the model itself"), torch.no_grad():
+        model(tiny_text(20), past_key_values=cache)
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized"])
+def test_another_cache_asked_for_beside_ours(implementation):
+    model = tiny_model()
+    cache = merging(model).cache()
+    with pytest.raises(ValueError, match="Please use only one of the two"):
+        model.generate(tiny_text(20), past_key_values=cache, cache_implementation=implementation, max_new_tokens=2)
+
+
+def test_continuous_batching():
+    model, text = tiny_model(), tiny_text(20)
+    merging(model)
+    with pytest.raises(ValueError, match="is not supported for continuous batching"):
+        model.generate_batch([text[0].tolist()], progress_bar=False)
 
 
 # -- the profile
@@ -344,6 +337,7 @@ def keys_of(values: dict[str, Any]) -> list[list[str | int]]:
 
 # Missing, these are either filled in or tested above.
 _HAVE_DEFAULTS = ("schema_version", "model_type", "affinity", "rule", "first", "recent", "recent_share", "heavy_share")
+_HAVE_DEFAULTS += ("regression", "seed")
 _NEEDED = [place for place in keys_of(uniform_values(tiny_model())) if place[-1] not in _HAVE_DEFAULTS]
 
 
@@ -378,6 +372,11 @@ def test_a_profile_with_a_part_of_the_wrong_kind(key, value):
         (["plan", "layers", 0, "heads", 0, "policy"], "best", "best"),
         (["plan", "layers", 0, "heads"], [], "has 0 heads, expected 2"),
         (["plan", "layers", 0, "layer"], 7, "layer"),
+        (
+            ["model", "attention"],
+            ["full_attention", "sliding_attention"],
+            r"layers \[1\], which have no full attention",
+        ),
         (["policies", "gauss", "rule"], "cluster", "unknown rule 'cluster'"),
         (["policies", "gauss", "affinity"], "taste", "unknown affinity 'taste'"),
         (["policies", "gauss", "combination", "weights"], "best", "unknown weights 'best'"),
@@ -432,7 +431,7 @@ def test_a_file_that_is_no_profile(tmp_path):
 def test_every_message_is_one_line():
     model = tiny_model()
     merger = merging(model)
-    for action in (lambda: merger.attach(model), lambda: KVMerger.from_profile({}), lambda: merger.cache().crop(-1)):
+    for action in (lambda: merger.attach(model), lambda: KVMerger.from_profile({}), lambda: merger.cache().crop(1)):
         with pytest.raises(KVProfileError) as caught:
             action()
         assert "\n" not in str(caught.value)

@@ -1,0 +1,197 @@
+"""What becomes of a forward once its tokens are known to stay: its attention is counted, and what has aged is merged.
+
+Rows of a batch that stand alike (the same padding, the same past) go through it together, all others by themselves, on their
+own tokens only: so every row of a padded batch is what it would be alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvprofile.merging.counts import slots_of
+from kvprofile.merging.merge import merge_layer
+from kvprofile.merging.scores import MASS_STRIDE, attention_mass, pooled, window_mass
+from kvprofile.merging.slots import Slots, append_slots, select_rows
+from kvprofile.merging.tokens import Queries, Tokens, newest_queries
+from kvprofile.runtime.attention import AttentionCall
+from kvprofile.runtime.backends import stored
+
+if TYPE_CHECKING:
+    from kvprofile.runtime.layer import MergedLayer
+
+# Rows of a batch: all of them without a copy, or some.
+Places = slice | list[int]
+# What the readers of a layer asked in one forward, with the attention the tail received where it is known.
+Calls = list[tuple[AttentionCall, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where one row of the batch stands; rows that stand alike go through every step together.
+
+    padding: tokens of padding before its text. merged: tokens of its text that are slots by now. heavy: heavy hitters
+    protected among them, for every policy of the layer.
+    """
+
+    padding: int
+    merged: int
+    heavy: tuple[int, ...]
+
+
+def settle(layer: "MergedLayer", calls: Calls) -> None:
+    """Count the attention the tail received in the newest forward, and merge what has aged."""
+    windows: dict[int, Tensor] = {}
+    if layer.needs_mass:
+        for call, tail_mass in calls:
+            _count(layer, call, tail_mass, windows)
+    if any(_aged(layer, row) for row in set(layer.rows)):
+        _merge(layer, windows, calls)
+
+
+def _count(layer: "MergedLayer", call: AttentionCall, tail_mass: Tensor | None, windows: dict[int, Tensor]) -> None:
+    """Add the attention that the tail received in one call, and that from its newest queries to `windows`."""
+    if tail_mass is None or not all(row.merged for row in layer.rows):
+        tail_mass = _estimated(layer, call, tail_mass, windows)
+    if layer.mass is not None:
+        tail_mass[..., : layer.mass.shape[-1]] += layer.mass
+    layer.mass = tail_mass
+
+
+def _estimated(
+    layer: "MergedLayer", call: AttentionCall, tail_mass: Tensor | None, windows: dict[int, Tensor]
+) -> Tensor:
+    """Attention the tail received, where some rows have no slots yet and theirs has to be computed."""
+    mass = torch.zeros(*layer.keys.shape[:2], layer.tail, device=layer.keys.device)
+    for row, places in layer.alike():
+        first = layer.tail - layer.own(row)
+        queries = min(call.query.shape[2], layer.own(row))
+        if row.merged and tail_mass is not None:
+            mass[places, :, first:] = tail_mass[places, :, first:]
+        elif queries:
+            query, key = call.query[places, :, -queries:], layer.keys[places, :, first : layer.tail]
+            mass[places, :, first:] = attention_mass(
+                query, key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+            )
+            # Once slots exist the tail's own mass comes from the newest queries anyway.
+            for size in layer.setting.windows if _aged(layer, row) else ():
+                received = windows.setdefault(size, torch.zeros_like(mass))
+                received[places, :, first:] += window_mass(
+                    query, key, call.scaling, window=size, softcap=call.softcap, sinks=call.sinks
+                )
+    return mass
+
+
+def _recent(layer: "MergedLayer", row: Row) -> int:
+    """How many of the row's newest tokens stay in the tail."""
+    seen = layer.seen - row.padding
+    return max(policy.protection.recent_tokens(seen) for policy, _ in layer.setting.policies)
+
+
+def _aged(layer: "MergedLayer", row: Row) -> int:
+    """How many of the row's oldest tail tokens are to be merged now: a whole chunk or more, or none."""
+    aged = layer.own(row) - _recent(layer, row)
+    return aged if aged >= layer.setting.chunk else 0
+
+
+def _merge(layer: "MergedLayer", windows: dict[int, Tensor], calls: Calls) -> None:
+    """Turn what has aged in every row into slots, and let it go from the tail."""
+    merged: list[Slots] = []
+    order: list[int] = []
+    everywhere = range(len(layer.rows))
+    rows = list(layer.rows)
+    for row, places in layer.alike():
+        indices = everywhere[places] if isinstance(places, slice) else places
+        order += indices
+        aged = _aged(layer, row)
+        if not aged:
+            merged.append(_nothing(layer, len(indices)))
+            continue
+        heavy = tuple(policy.protection.heavy_tokens(layer.seen - row.padding) for policy, _ in layer.setting.policies)
+        merged.append(_into_slots(layer, row, places, aged, heavy=heavy, windows=windows, calls=calls))
+        for place in indices:
+            rows[place] = Row(row.padding, row.merged + aged, heavy)
+    new = merged[0] if len(merged) == 1 else select_rows(_joined(merged), _inverse(order), layer.keys.shape[1])
+    new = stored(new, calls[0][0])
+    layer.slots = new if layer.slots is None else append_slots(layer.slots, new)
+    layer.rows = rows
+    first = layer.tail - max(map(layer.own, rows))
+    if first:
+        # Copies, not slices: a slice would keep the whole prompt's storage alive.
+        layer.keys, layer.values = (old[:, :, first : layer.tail].clone() for old in (layer.keys, layer.values))
+        layer.tail -= first
+        if layer.mass is not None:
+            layer.mass = layer.mass[..., first:].clone()
+
+
+def _into_slots(
+    layer: "MergedLayer",
+    row: Row,
+    places: Places,
+    aged: int,
+    *,
+    heavy: tuple[int, ...],
+    windows: dict[int, Tensor],
+    calls: Calls,
+) -> Slots:
+    """Merge the `aged` oldest tokens of the rows at `places`, which stand alike."""
+    own, seen = layer.own(row), layer.seen - row.padding
+    part = slice(layer.tail - own, layer.tail)
+    mass = None if layer.mass is None else layer.mass[places, :, part]
+    newest = {
+        size: windows[size][places, :, part] if mass is None or not row.merged else pooled(mass)
+        for size in layer.setting.windows
+    }
+    tokens = Tokens(layer.keys[places, :, part], layer.values[places, :, part], mass, newest, seen - own, seen)
+    if layer.setting.queries and not row.merged:
+        tokens = replace(tokens, queries=_newest_queries(layer, row, places, calls))
+    count = None
+    if layer.setting.exact:
+        kv_heads = layer.keys.shape[1]
+        lengths = [0] * (len(layer.rows) * kv_heads) if layer.slots is None else layer.slots.lengths
+        stored = torch.tensor(lengths).view(-1, kv_heads)[places]
+        count = slots_of(layer.setting.share, seen) - stored - _recent(layer, row)
+    return merge_layer(
+        tokens.oldest(aged),
+        layer.setting.policies,
+        epsilon=layer.setting.epsilon,
+        count=count,
+        heavy=tuple(now - before for now, before in zip(heavy, row.heavy, strict=True)),
+    )
+
+
+def _newest_queries(layer: "MergedLayer", row: Row, places: Places, calls: Calls) -> Queries:
+    """The newest queries of rows without slots; where layers share their keys, all readers' as one group."""
+    asked = min(layer.setting.queries, layer.own(row), calls[0][0].query.shape[2])
+    found = [
+        newest_queries(
+            call.query[places],
+            layer.keys[places],
+            layer.values[places],
+            call.scaling,
+            count=asked,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+        for call, _ in calls
+    ]
+    sinks = [one.sinks for one in found if one.sinks is not None]
+    states = torch.cat([one.states for one in found], dim=2)
+    return replace(found[0], states=states, sinks=torch.cat(sinks, dim=1) if sinks else None)
+
+
+def _nothing(layer: "MergedLayer", rows: int) -> Slots:
+    """No slots for any head of `rows` rows."""
+    bias = torch.zeros(0, device=layer.keys.device)
+    return Slots(layer.keys[0, 0, :0], layer.values[0, 0, :0], bias, [0] * rows * layer.keys.shape[1])
+
+
+def _joined(parts: list[Slots]) -> Slots:
+    """Slots of some rows, then of others."""
+    keys, values, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias"))
+    return Slots(keys, values, bias, [length for part in parts for length in part.lengths])
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

@@ -1,0 +1,41 @@
+"""Attention over merged slots and the unmerged tail under one softmax, by whichever way suits the device."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvprofile.merging.slots import Slots
+from kvprofile.runtime.backends.padded import padded_attention
+from kvprofile.runtime.backends.per_head import per_head_attention
+from kvprofile.runtime.backends.varlen import suits, varlen_attention, widened
+
+if TYPE_CHECKING:
+    from kvprofile.runtime.attention import AttentionCall
+
+
+@torch.no_grad()
+def ragged_attention(
+    call: "AttentionCall",
+    slots: Slots,
+    *,
+    padding: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mass: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer's queries over its slots and its tail; for inference, no gradient passes through.
+
+    `padding` `(batch, tail)` is True where a tail token is padding: nobody sees it. `sinks` `(heads,)` are logits that
+    join the softmax and carry no value (GPT-OSS). Returns the output `(batch, queries, heads, value_dim)` and, with
+    `mass`, the attention the tail received from queries that are not padding, `(batch, kv_heads, tail)` float32.
+    """
+    if slots.keys.shape[-1] > call.key.shape[-1]:
+        attend = varlen_attention
+    else:
+        attend = per_head_attention if call.key.device.type == "cpu" else padded_attention
+    return attend(call, slots, padding=padding, sinks=sinks, mass=mass)
+
+
+def stored(slots: Slots, call: "AttentionCall") -> Slots:
+    """The slots in the layout that the back end of the call's layer reads."""
+    return widened(slots) if suits(call) else slots

@@ -1,0 +1,109 @@
+"""CUDA, half precision: variable-length attention over the slots, every row and KV head a sequence of its own.
+
+The kernel takes no bias. Slots are therefore stored with `EXTRA` more key dimensions: two hold the bias, rounded and the
+rest, and the query has 1 / scaling there. Prefix and tail are joined by their log-sum-exps.
+"""
+
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvprofile.merging.slots import Slots
+from kvprofile.runtime.backends.tail import MASKED, hidden_tail, received
+
+if TYPE_CHECKING:
+    from kvprofile.runtime.attention import AttentionCall
+
+EXTRA = 8  # the kernel takes head dimensions in steps of 8
+LARGEST = 256
+LOGITS = 1 << 26  # logits of the tail alive at a time: many queries are taken in blocks
+
+
+def suits(call: "AttentionCall") -> bool:
+    """True if the kernel can serve this layer: device, its capability, dtype, head dimensions, no soft cap."""
+    key, value = call.key, call.value
+    if key.device.type != "cuda" or key.dtype not in (torch.float16, torch.bfloat16) or call.softcap is not None:
+        return False
+    dims = key.shape[-1]
+    if dims != value.shape[-1] or dims % EXTRA or dims + EXTRA > LARGEST:
+        return False
+    # The kernel came with an earlier torch, its arguments as used here with this one.
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 13) and torch.cuda.get_device_capability(key.device) >= (8, 0)
+
+
+def widened(slots: Slots) -> Slots:
+    """The slots with their bias in extra key dimensions, and values as wide."""
+    rounded = slots.bias.to(slots.keys.dtype)
+    rest = (slots.bias - rounded.float()).to(slots.keys.dtype)
+    keys = torch.cat([slots.keys, torch.stack([rounded, rest], dim=-1)], dim=-1)
+    return Slots(F.pad(keys, (0, EXTRA - 2)), F.pad(slots.values, (0, EXTRA)), slots.bias, slots.lengths)
+
+
+def varlen_attention(
+    call: "AttentionCall", slots: Slots, *, padding: Tensor | None, sinks: Tensor | None, mass: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `ragged_attention`; the slots must be `widened`."""
+    batch, heads, queries, head_dim = call.query.shape
+    kv_heads, tail = call.key.shape[1], call.key.shape[2]
+    rows, group = batch * kv_heads, heads // kv_heads
+    device = call.key.device
+    query = call.query.reshape(rows, group, queries, head_dim)
+    marks = query.new_zeros(*query.shape[:-1], EXTRA)
+    marks[..., :2] = 1 / call.scaling
+    lengths = torch.tensor(slots.lengths, device=device)
+    merged, merged_sum = packed_attention(
+        torch.cat([query, marks], dim=-1).flatten(0, 2),
+        slots,
+        torch.arange(rows + 1, device=device, dtype=torch.int32) * (group * queries),
+        F.pad(lengths.cumsum(0), (1, 0)).int(),
+        scaling=call.scaling,
+    )
+    merged = merged[:, :head_dim].float().view(rows, group, queries, head_dim)
+    # The kernel's log-sum-exp of nothing is +inf.
+    merged_sum = torch.where(lengths[:, None, None] > 0, merged_sum.view(rows, group, queries), MASKED)
+    tail_keys, tail_values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
+    outputs, masses = [], []
+    block = max(1, LOGITS // (batch * heads * tail))
+    for low in range(0, queries, block):
+        high = min(queries, low + block)
+        asked = query[:, :, low:high].float().flatten(1, 2)
+        logits = (asked @ tail_keys.mT).mul_(call.scaling)
+        hidden = hidden_tail(call, low, high, padding)
+        if hidden is not None:
+            logits.view(batch, kv_heads, group, high - low, tail).masked_fill_(hidden[:, None, None], MASKED)
+        old_sum = merged_sum[:, :, low:high].flatten(1, 2)
+        total = torch.logaddexp(old_sum, logits.logsumexp(-1))
+        if sinks is not None:
+            aside = sinks.float().view(kv_heads, group, 1).expand(batch, -1, -1, high - low).reshape(total.shape)
+            total = torch.logaddexp(total, aside)
+        weights = (logits - total[..., None]).exp_()
+        old = merged[:, :, low:high].flatten(1, 2) * (old_sum - total).exp_()[..., None]
+        outputs.append((old + weights @ tail_values).view(batch, heads, high - low, head_dim))
+        if mass:
+            masses.append(received(weights, call, low, high, padding))
+    whole = torch.cat(outputs, dim=2).transpose(1, 2).contiguous().to(call.value.dtype)
+    return whole, reduce(torch.add, masses).view(batch, kv_heads, tail) if mass else None
+
+
+def packed_attention(
+    query: Tensor, slots: Slots, query_ends: Tensor, slot_ends: Tensor, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every sequence's queries over its slots: `(queries, dim)` and log-sum-exps `(queries,)`, float32."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    output, total = varlen_attn(
+        query[:, None],
+        slots.keys[:, None],
+        slots.values[:, None],
+        query_ends,
+        slot_ends,
+        len(query) // len(slots.lengths),
+        max(slots.lengths),
+        return_aux=AuxRequest(lse=True),
+        scale=scaling,
+    )
+    return output[:, 0], total.flatten()

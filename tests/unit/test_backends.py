@@ -1,0 +1,187 @@
+"""Every back end against one float64 loop over rows, heads and queries."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from kvprofile.merging.slots import Slots, append_slots, select_rows
+from kvprofile.runtime.attention import AttentionCall
+from kvprofile.runtime.backends import per_head, ragged_attention, stored, varlen
+from kvprofile.runtime.backends.padded import padded_attention
+from kvprofile.runtime.backends.per_head import per_head_attention
+from kvprofile.runtime.backends.varlen import varlen_attention, widened
+
+SCALING = 0.3
+# How far from float64 the output of unit values may be: rounding of inputs' products, and of the output itself.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def make_call(*, batch=2, kv_heads=2, group=3, queries=1, tail=9, dtype=torch.float32, device="cpu", **options):
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    query = drawn(batch, kv_heads * group, queries, 16)
+    # The tail is a slice of a larger store, as in the cache.
+    key, value = (drawn(batch, kv_heads, tail + 3, size)[:, :, :tail] for size in (16, 16))
+    return AttentionCall(torch.nn.Identity(), query, key, value, None, {"scaling": SCALING, **options})
+
+
+def make_slots(call, lengths):
+    generator = torch.Generator().manual_seed(2)
+    count = sum(lengths)
+    keys, values = (torch.randn(count, 16, generator=generator).to(call.key) for _ in range(2))
+    return Slots(keys, values, (torch.rand(count, generator=generator) * 3).to(call.key.device), lengths)
+
+
+def left_padding(call, counts):
+    return torch.arange(call.key.shape[2])[None] < torch.tensor(counts)[:, None]
+
+
+def reference(call, slots, padding=None, sinks=None):
+    """Output `(batch, queries, heads, value_dim)` and mass `(batch, kv_heads, tail)`, one query at a time."""
+    query, key, value, old_keys, old_values, bias = (
+        part.double().cpu().numpy() for part in (call.query, call.key, call.value, slots.keys, slots.values, slots.bias)
+    )
+    batch, heads, queries, _ = query.shape
+    kv_heads, tail = key.shape[1:3]
+    ends = np.cumsum([0, *slots.lengths])
+    output, mass = np.zeros((batch, queries, heads, value.shape[-1])), np.zeros((batch, kv_heads, tail))
+    for row, head, asked in itertools.product(range(batch), range(heads), range(queries)):
+        owner = head // (heads // kv_heads)
+        old = slice(ends[row * kv_heads + owner], ends[row * kv_heads + owner + 1])
+        seen = [token for token in range(tail - queries + asked + 1) if padding is None or not padding[row, token]]
+        keys = np.concatenate([old_keys[old], key[row, owner, seen]])
+        logits = keys @ query[row, head, asked] * call.scaling
+        if call.softcap is not None:
+            logits = call.softcap * np.tanh(logits / call.softcap)
+        logits[: old.stop - old.start] += bias[old]
+        if sinks is not None:
+            logits = np.append(logits, float(sinks[head]))
+        if not seen and old.stop == old.start:
+            continue  # a padded query of an empty head: whatever comes out is not looked at
+        weights = np.exp(logits - logits.max())
+        weights = (weights / weights.sum())[: len(keys)]
+        output[row, asked, head] = weights @ np.concatenate([old_values[old], value[row, owner, seen]])
+        if padding is None or not padding[row, tail - queries + asked]:
+            mass[row, owner, seen] += weights[old.stop - old.start :]
+    return output, mass
+
+
+def check(backend, call, slots, padding=None, sinks=None):
+    expected, expected_mass = reference(call, slots, padding, sinks)
+    device = call.key.device
+    padding, sinks = (None if part is None else part.to(device) for part in (padding, sinks))
+    output, mass = backend(call, slots, padding=padding, sinks=sinks, mass=True)
+    tolerance = TOLERANCE[call.query.dtype]
+    assert output.dtype == call.value.dtype
+    assert output.is_contiguous()
+    shown = output.double().cpu().numpy()
+    if padding is not None:
+        asking = padding[:, call.key.shape[2] - call.query.shape[2] :].cpu().numpy()
+        assert np.isfinite(shown).all()
+        shown, expected = shown[~asking], expected[~asking]
+    np.testing.assert_allclose(shown, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(mass.double().cpu().numpy(), expected_mass, rtol=0, atol=tolerance * expected_mass.max())
+    alone, nothing = backend(call, slots, padding=padding, sinks=sinks, mass=False)
+    np.testing.assert_allclose(alone.double().cpu(), output.double().cpu(), rtol=0, atol=2 * tolerance)
+    assert nothing is None
+
+
+def packed_reference(query, slots, query_ends, slot_ends, *, scaling):
+    """What the CUDA kernel promises, one sequence at a time: nothing to see gives 0 and +inf."""
+    output, total = torch.zeros_like(query), torch.full((len(query),), torch.inf)
+    for sequence in range(len(slots.lengths)):
+        asked = slice(*query_ends[sequence : sequence + 2])
+        old = slice(*slot_ends[sequence : sequence + 2])
+        if old.start < old.stop:
+            logits = query[asked].double() @ slots.keys[old].double().T * scaling
+            output[asked] = (logits.softmax(-1) @ slots.values[old].double()).to(query.dtype)
+            total[asked] = logits.logsumexp(-1).float()
+    return output, total
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch, request):
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(varlen, "packed_attention", packed_reference)
+
+
+def through_kernel(call, slots, **options):
+    return varlen_attention(call, widened(slots), **options)
+
+
+BACKENDS = {"per head": per_head_attention, "padded": padded_attention, "varlen": through_kernel}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_heads_of_different_lengths(name, queries, group, dtype):
+    call = make_call(queries=queries, group=group, dtype=dtype)
+    check(BACKENDS[name], call, make_slots(call, [7, 30, 0, 12]))
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_softcap_sinks_and_padding(name, queries, padded, sinks, softcap):
+    if name == "varlen" and softcap is not None:
+        pytest.skip("the kernel knows no soft cap, and such layers never get there")
+    call = make_call(queries=queries, batch=3, softcap=softcap)
+    padding = left_padding(call, [0, 4, 8]) if padded else None
+    extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0]) if sinks else None
+    check(BACKENDS[name], call, make_slots(call, [7, 30, 5, 12, 0, 0]), padding, extra)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_slots_at_all(name):
+    call = make_call(queries=2)
+    check(BACKENDS[name], call, make_slots(call, [0, 0, 0, 0]))
+
+
+def test_many_queries_in_blocks(monkeypatch):
+    monkeypatch.setattr(per_head, "LOGITS", 700)  # two queries of this call at a time
+    call = make_call(queries=9)
+    check(per_head_attention, call, make_slots(call, [7, 30, 0, 12]), left_padding(call, [3, 0]))
+
+
+def test_the_processor_is_served_by_head_and_keeps_its_slots_narrow():
+    call = make_call(queries=2)
+    slots = make_slots(call, [7, 30, 0, 12])
+    assert stored(slots, call) is slots
+    check(ragged_attention, call, slots)
+
+
+def test_wide_slots_go_to_the_kernel_and_can_be_appended_and_selected():
+    call = make_call(queries=2)
+    old, new = make_slots(call, [3, 0, 5, 1]), make_slots(call, [2, 4, 0, 0])
+    expected = select_rows(append_slots(old, new), [1, 0], 2)
+    wide = select_rows(append_slots(widened(old), widened(new)), [1, 0], 2)
+    for backend in (ragged_attention, padded_attention):
+        output, mass = backend(call, wide, padding=None, sinks=None, mass=True)
+        reference_output, reference_mass = reference(call, expected)
+        np.testing.assert_allclose(output, reference_output, atol=1e-5)
+        np.testing.assert_allclose(mass, reference_mass, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_on_a_gpu(softcap, sinks, padded, queries, dtype):
+    call = make_call(queries=queries, dtype=dtype, device="cuda", softcap=softcap)
+    slots = make_slots(call, [7, 30, 0, 12])
+    padding = left_padding(call, [0, 4]) if padded else None
+    extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0]) if sinks else None
+    check(ragged_attention, call, stored(slots, call), padding, extra)
+    check(padded_attention, call, slots, padding, extra)
