@@ -22,7 +22,7 @@ import kvprofile
 from kvprofile.evaluate.check import bootstrap, run_merged, stock_bytes
 from kvprofile.evaluate.fidelity import distance, make_trial, read_through
 from kvprofile.merging.policies import POLICIES
-from kvprofile.plans import replan
+from kvprofile.plans import MODES, replan
 from kvprofile.runtime.merger import KVMerger
 
 UNIFORM = ("h2o", "snapkv", "streaming", "kvmerger")
@@ -41,13 +41,14 @@ def plans(profile: Any, damage: Any, budget: float, wanted: list[str]) -> dict[s
         values["plan"]["mode"] = "exact"
         made[f"{name}, uniform"] = values
     for name in singles:
-        made[f"{name}, by damage"] = replan(profile, damage, budget, policy=name, shares="damage").model_dump(
-            mode="json"
-        )
+        # The same shares, met to the slot or by the thresholds that keep them on average.
+        for mode in MODES if POLICIES[name].affinity == "cosine" else ("exact",):
+            plan = replan(profile, damage, budget, policy=name, rule="damage", mode=mode)
+            made[f"{name}, by damage, {mode}"] = plan.model_dump(mode="json")
     made["auto, by damage and layer"] = replan(
-        profile, damage, budget, policy="auto", shares="damage", granularity="layer"
+        profile, damage, budget, policy="auto", rule="damage", granularity="layer"
     ).model_dump(mode="json")
-    made["auto, by damage"] = replan(profile, damage, budget, policy="auto", shares="damage").model_dump(mode="json")
+    made["auto, by damage"] = replan(profile, damage, budget, policy="auto", rule="damage").model_dump(mode="json")
     return {name: values for name, values in made.items() if not wanted or any(part in name for part in wanted)}
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from kvprofile.measure.damage import Reading
-from kvprofile.merging.affinity import WINDOWS, Tokens
+from kvprofile.merging.affinity import AFFINITIES
+from kvprofile.merging.regression import WINDOW
 from kvprofile.merging.scores import MASS_STRIDE, attention_mass, window_mass
+from kvprofile.merging.tokens import Queries, Tokens, newest_queries
 from kvprofile.observe import Observer
 from kvprofile.probes import Probe
 from kvprofile.runtime.attention import AttentionCall
@@ -18,7 +20,7 @@ DRAWS = 4  # answers drawn from the model's own prediction to estimate the curva
 def read_probe(
     observer: Observer,
     probe: Probe,
-    watch_context: Callable[[int, AttentionCall], None],
+    watch_context: Callable[[int, AttentionCall, Tensor | None], None],
     watch_probe: Callable[[int, Reading], None],
     *,
     layers: list[int],
@@ -26,22 +28,40 @@ def read_probe(
 ) -> None:
     """Read a context and its probe; hand over the context's calls as they come, then a `Reading` of each of `layers`.
 
+    With the calls of `layers` comes the attention mass, `(1, kv_heads, tokens)`.
+
     The context is read once, without a graph; the gradients go through the probe's few tokens only. Memory is that of the
     context's full cache and the probe's graph.
     """
-    scores: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+    sizes = sorted({one.window for one in AFFINITIES.values() if one.window is not None})
+    asked = max(WINDOW, *(one.queries for one in AFFINITIES.values()))
+    scores: dict[int, tuple[Tensor, dict[int, Tensor], Queries]] = {}
 
     def on_context(layer: int, call: AttentionCall, _output: Tensor) -> None:
-        watch_context(layer, call)
+        mass = None
         if layer in layers:
-            mass = attention_mass(call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap)
+            mass = attention_mass(
+                call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+            )
             scores[layer] = (
                 mass,
                 {
-                    size: window_mass(call.query, call.key, call.scaling, window=size, softcap=call.softcap)
-                    for size in WINDOWS.values()
+                    size: window_mass(
+                        call.query, call.key, call.scaling, window=size, softcap=call.softcap, sinks=call.sinks
+                    )
+                    for size in sizes
                 },
+                newest_queries(
+                    call.query,
+                    call.key,
+                    call.value,
+                    call.scaling,
+                    count=asked,
+                    softcap=call.softcap,
+                    sinks=call.sinks,
+                ),
             )
+        watch_context(layer, call, mass)
 
     attended: dict[int, tuple[AttentionCall, Tensor]] = {}
 
@@ -56,7 +76,8 @@ def read_probe(
     with torch.no_grad():
         for index, layer in enumerate(layers):
             call, output = attended.pop(layer)
-            context = Tokens(call.key[:, :, :tokens], call.value[:, :, :tokens], *scores.pop(layer), 0, tokens)
+            mass, windows, queries = scores.pop(layer)
+            context = Tokens(call.key[:, :, :tokens], call.value[:, :, :tokens], mass, windows, 0, tokens, queries)
             reading = Reading(context, call, output[0], torch.stack([draw[index][0] for draw in gradients]), probe.kind)
             watch_probe(layer, reading)
 

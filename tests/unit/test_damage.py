@@ -9,18 +9,22 @@ from transformers import DynamicCache
 from kvprofile import KVMerger, sensitivity
 from kvprofile.measure import damage as module
 from kvprofile.measure.damage import BUDGETS, DamageCurves, Reading, damage
-from kvprofile.merging.policies import POLICIES, merge_tokens
+from kvprofile.merging.merge import merge_tokens
+from kvprofile.merging.policies import POLICIES
 from kvprofile.observe import observing
-from kvprofile.probes import CONTINUATION_TOKENS, KINDS, PASSAGE_TOKENS, PASSAGES, Probe, make_probe
+from kvprofile.probes import Probe, ProbeMix, make_probe
 from kvprofile.sensitivity import DRAWS, read_probe
 from tests.unit.merge_reference import relative_error
 from tests.unit.tiny_models import head, profile_values, tiny_model, tiny_text
 
 CONTEXT = 240
 DROPS = [name for name in POLICIES if POLICIES[name].rule == "drop"]
-MERGES = ["gauss", "attention", "absorb", "average", "pivot"]
+MERGES = ["gauss", "attention", "absorb", "average", "pivot", "cam", "d2o", "keepkv", "zsmerge"]
 # Where protected tokens, 36 of 240, leave something to choose.
 CHOSEN = [place for place, budget in enumerate(BUDGETS) if budget * CONTEXT >= 36]
+
+MIX = ProbeMix()
+KINDS = MIX.kinds  # recall and continuation: kind 0 and 1
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +89,7 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
 @pytest.mark.parametrize("name", DROPS + MERGES)
 def test_damage_is_that_of_plain_attention_over_the_slots(readings, name):
     for reading in readings.values():
-        found = damage(reading, [POLICIES["streaming"], POLICIES[name]])[1]
+        found = damage(reading, [POLICIES["streaming"], POLICIES[name]], KINDS)[1]
         assert found.shape == (2, len(BUDGETS), len(KINDS))
         expected = np.stack([direct(reading, name, BUDGETS[place]) for place in CHOSEN], axis=1)
         np.testing.assert_allclose(found[:, CHOSEN], expected, rtol=2e-3, atol=1e-9)
@@ -95,7 +99,7 @@ def test_damage_is_that_of_plain_attention_over_the_slots(readings, name):
 @pytest.mark.parametrize("name", ["streaming", "gauss"])
 def test_below_the_floor_protected_tokens_are_kept_as_the_runtime_keeps_them(readings, name):
     # 2% of 240 are 5 tokens: the 4 first and the 32 recent ones keep their slots all the same.
-    found = damage(readings[0], [POLICIES[name]])[0]
+    found = damage(readings[0], [POLICIES[name]], KINDS)[0]
     np.testing.assert_allclose(found[:, 0], direct(readings[0], name, BUDGETS[0], floor=1), rtol=2e-3, atol=1e-9)
 
 
@@ -106,7 +110,7 @@ def test_soft_caps_are_followed():
     # At the full budget nothing may change; without the cap everything would.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BUDGETS", (0.5, 1.0))
-        found = damage(reading, [POLICIES["gauss"], POLICIES["value-attention"]])
+        found = damage(reading, [POLICIES["gauss"], POLICIES["value-attention"]], KINDS)
     assert (found[:, :, 1] < 1e-6 * found[:, :, 0]).all()
 
 
@@ -114,7 +118,7 @@ def test_soft_caps_are_followed():
 def test_with_all_slots_nothing_changes(monkeypatch, readings, name):
     monkeypatch.setattr(module, "BUDGETS", (0.5, 1.0))
     for reading in readings.values():
-        found = damage(reading, [POLICIES[name]])[0]
+        found = damage(reading, [POLICIES[name]], KINDS)[0]
         assert (found[:, 1] < 1e-8 * found[:, 0]).all()
 
 
@@ -183,7 +187,7 @@ def test_a_reading_is_what_the_model_attended_to():
         read_probe(
             observer,
             probe,
-            lambda layer, call: called.append((layer, call.key.shape[2], call.query.shape[2])),
+            lambda layer, call, _mass: called.append((layer, call.key.shape[2], call.query.shape[2])),
             found.__setitem__,
             layers=[1],
             seed=0,
@@ -217,7 +221,7 @@ def test_predicted_damage_is_near_the_true_divergence(monkeypatch, name):
     probe = tiny_probe()
     weight = np.bincount(probe.kind.numpy()) / len(probe.kind)
     readings = readings_of(model, probe)
-    predicted = np.array([damage(reading, [POLICIES[name]])[0, :, 0] @ weight for reading in readings.values()])
+    predicted = np.array([damage(reading, [POLICIES[name]], KINDS)[0, :, 0] @ weight for reading in readings.values()])
 
     def rows(cache) -> np.ndarray:
         with torch.no_grad():
@@ -248,14 +252,14 @@ def test_curves_are_the_mean_and_spread_over_samples_however_they_are_split():
     model = tiny_model()
     policies = [(name, POLICIES[name]) for name in ("absorb", "streaming")]
     readings = [readings_of(model, tiny_probe(seed), seed=seed) for seed in range(3)]
-    whole, first, second = (DamageCurves(2, 2, policies) for _ in range(3))
+    whole, first, second = (DamageCurves(2, 2, policies, KINDS) for _ in range(3))
     for sample, layers in enumerate(readings):
         for layer, reading in layers.items():
             whole.update(layer, reading)
             (first if sample == 1 else second).update(layer, reading)
     first.merge(second)
     values = np.array(
-        [[damage(layers[layer], [one for _, one in policies]) for layer in (0, 1)] for layers in readings]
+        [[damage(layers[layer], [one for _, one in policies], KINDS) for layer in (0, 1)] for layers in readings]
     )
     assert values.shape == (3, 2, 2, 2, len(BUDGETS), len(KINDS))
     for found in (whole.finish(), first.finish()):
@@ -273,16 +277,16 @@ def test_probes_repeat_a_passage_of_every_stretch(tokens, seed):
     context, following = torch.arange(tokens) * 7, -1 - torch.arange(200)
     probe = make_probe(context, following, seed)
     assert torch.equal(probe.context, context)
-    assert torch.equal(probe.tokens[:CONTINUATION_TOKENS], following[:CONTINUATION_TOKENS])
-    assert [KINDS[kind] for kind in probe.kind] == ["continuation"] * CONTINUATION_TOKENS + ["recall"] * (
-        len(probe.tokens) - CONTINUATION_TOKENS
+    assert torch.equal(probe.tokens[: MIX.continuation_tokens], following[: MIX.continuation_tokens])
+    assert [KINDS[kind] for kind in probe.kind] == ["continuation"] * MIX.continuation_tokens + ["recall"] * (
+        len(probe.tokens) - MIX.continuation_tokens
     )
-    stretch = tokens // PASSAGES
-    length = min(PASSAGE_TOKENS, stretch)
-    passages = (probe.tokens[CONTINUATION_TOKENS:] // 7).view(PASSAGES, length)
+    stretch = tokens // MIX.passages
+    length = min(MIX.passage_tokens, stretch)
+    passages = (probe.tokens[MIX.continuation_tokens :] // 7).view(MIX.passages, length)
     assert (passages.diff(dim=1) == 1).all()
     starts = passages[:, 0].tolist()
-    assert sorted(start // stretch for start in starts) == list(range(PASSAGES))
+    assert sorted(start // stretch for start in starts) == list(range(MIX.passages))
     assert all(start % stretch + length <= stretch for start in starts)
     assert starts != sorted(starts)
     assert torch.equal(make_probe(context, following, seed).tokens, probe.tokens)
@@ -291,4 +295,4 @@ def test_probes_repeat_a_passage_of_every_stretch(tokens, seed):
 
 def test_a_short_continuation_is_taken_whole():
     probe = make_probe(torch.arange(320), torch.arange(9), 0)
-    assert probe.kind.tolist() == [1] * 9 + [0] * (PASSAGES * PASSAGE_TOKENS)
+    assert probe.kind.tolist() == [1] * 9 + [0] * (MIX.passages * MIX.passage_tokens)
