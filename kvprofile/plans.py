@@ -1,6 +1,7 @@
 """From measured statistics and a budget to the plan a profile carries."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,15 +9,17 @@ from numpy.typing import NDArray
 from kvprofile.allocate import allocate
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.profile import HeadPlan, LayerPlan, ModelFacts, Plan, PolicyFacts, Profile, ProtectionFacts, Statistics
+from kvprofile.rules import PUBLISHED, rule_shares
 from kvprofile.solve import GRANULARITIES, check_budget, solve, thresholds_of
 
 AUTO = "auto"
-SHARES = ("damage", "uniform", "common")
+RULES = ("damage", "uniform", "common", *PUBLISHED)
 MODES = ("exact", "threshold")
 OBJECTIVES = {
     "balanced": {"recall": 1.0, "continuation": 1.0},
     "recall": {"recall": 1.0},
     "continuation": {"continuation": 1.0},
+    "all": {"recall": 1.0, "continuation": 1.0, "facts": 1.0, "lookup": 1.0},
 }
 
 
@@ -29,21 +32,22 @@ def make_plan(
     *,
     tokens: int,
     policy: str = AUTO,
-    shares: str = "damage",
+    rule: str = "damage",
+    measured: Mapping[str, NDArray[np.generic]] | None = None,
     objective: str = "balanced",
     granularity: str = "head",
     mode: str = "exact",
 ) -> Plan:
     """Solve for a budget from a profile's statistics; the model itself is not needed.
 
-    `damage` is the arrays' `damage_mean`, `(layers, policies, kv_heads, budgets, kinds)`, needed for `damage` shares and to
-    choose a policy; `tokens` the length it was measured at.
+    `damage` is the arrays' `damage_mean`, `(layers, policies, kv_heads, budgets, kinds)`, needed for the rule `damage` and to
+    choose a policy; `tokens` the length it was measured at. `measured` are all arrays: the published rules go by them.
 
     Raises UsageError for an argument that cannot be used, MismatchError with the reachable range where the budget is out
     of reach.
     """
     check_budget(budget)
-    _known("shares", shares, SHARES)
+    _known("rule", rule, RULES)
     _known("objective", objective, tuple(OBJECTIVES))
     _known("granularity", granularity, GRANULARITIES)
     _known("mode", mode, MODES)
@@ -58,16 +62,16 @@ def make_plan(
     thresholds = np.array(statistics.thresholds)
     cost = None if damage is None or statistics.damage is None else _cost(damage, statistics, objective)
     bound = None
-    if shares == "damage":
+    if rule == "damage":
         if cost is None or statistics.damage is None:
             raise UsageError(
-                "no damage was measured, so shares cannot follow it; give --shares uniform, or calibrate anew"
+                "no damage was measured, so no budget can be spent by it; give --rule uniform, or calibrate anew"
             )
         names = [name for name in statistics.damage.policies if policy in (AUTO, name)]
         if not names:
             raise UsageError(
                 f"damage was measured for {', '.join(statistics.damage.policies)}, not for {policy}; choose one of them or "
-                "--shares uniform"
+                "--rule uniform"
             )
         index = [statistics.damage.policies.index(name) for name in names]
         curves = cost[:, index].transpose(0, 2, 1, 3)
@@ -82,11 +86,14 @@ def make_plan(
         name = policy if policy != AUTO else _best_single(policies, statistics, cost, budget)
         chosen = np.full(size, name)
         share = np.full(size, budget)
-        if policies[name].affinity == "cosine":
-            share = solve(thresholds, ratios, budget, shares=shares, granularity=granularity).share
-        elif shares == "common":
+        least = _floor(policies[name].protection, tokens)
+        if rule in PUBLISHED:
+            share = np.repeat(rule_shares(rule, measured or {}, merged, budget, floor=least)[:, None], size[1], axis=1)
+        elif policies[name].affinity == "cosine":
+            share = solve(thresholds, ratios, budget, rule=rule, granularity=granularity).share
+        elif rule == "common":
             raise UsageError(f"the policy {name} goes by {policies[name].affinity}, which has no common threshold")
-        elif budget < (least := _floor(policies[name].protection, tokens)):
+        elif budget < least:
             raise MismatchError(
                 f"budget {budget:g} is out of reach: protected tokens keep at least {least:.3f} of the slots of every head; "
                 f"ask for a budget from {math.ceil(least * 1000) / 1000:.3f} to 1"
@@ -101,7 +108,7 @@ def make_plan(
     return Plan(
         budget=budget,
         policy=policy,
-        shares=shares,  # type: ignore[arg-type]
+        rule=rule,  # type: ignore[arg-type]
         objective=objective,  # type: ignore[arg-type]
         granularity=granularity,  # type: ignore[arg-type]
         mode=mode,  # type: ignore[arg-type]
@@ -134,29 +141,52 @@ def replan(
     budget: float,
     *,
     policy: str | None = None,
-    shares: str | None = None,
+    rule: str | None = None,
+    measured: Mapping[str, NDArray[np.generic]] | None = None,
     objective: str | None = None,
     granularity: str | None = None,
     mode: str | None = None,
 ) -> Profile:
     """The same profile with a plan for another budget; what is not given stays as it was.
 
-    The check is dropped: it was measured for the old plan.
+    `damage` and `measured` are as in `make_plan`. A `policy` may also be one that the profile does not hold yet. The check is
+    dropped: it was measured for the old plan.
     """
+    policies = profile.policies
+    if policy is not None and policy not in (AUTO, *policies):
+        policies = policies | _by_name(policy)
     plan = make_plan(
         profile.model,
-        profile.policies,
+        policies,
         profile.statistics,
         damage,
         budget,
         tokens=profile.calibration.measured.tokens,
         policy=policy or profile.plan.policy,
-        shares=shares or profile.plan.shares,
+        rule=rule or profile.plan.rule,
+        measured=measured,
         objective=objective or profile.plan.objective,
         granularity=granularity or profile.plan.granularity,
         mode=mode or profile.plan.mode,
     )
-    return profile.model_copy(update={"plan": plan, "check": None})
+    return profile.model_copy(update={"policies": policies, "plan": plan, "check": None})
+
+
+def _by_name(policy: str) -> dict[str, PolicyFacts]:
+    """A policy the package knows, under its name; nothing where it knows none.
+
+    Raises UsageError for a policy whose thresholds only its own calibration can tell.
+    """
+    from kvprofile.merging.policies import POLICIES
+
+    if policy not in POLICIES:
+        return {}
+    if POLICIES[policy].rule in ("anchor", "complete"):
+        raise UsageError(
+            f"the profile was calibrated without {policy}, whose sets need thresholds of their own; calibrate with "
+            f"--policy {policy}"
+        )
+    return {policy: PolicyFacts.model_validate(POLICIES[policy].to_dict())}
 
 
 def _known(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -167,7 +197,13 @@ def _known(name: str, value: str, known: tuple[str, ...]) -> None:
 def _cost(damage: NDArray[np.floating], statistics: Statistics, objective: str) -> NDArray[np.float64]:
     """The objective's sum over kinds of probe: `(layers, policies, kv_heads, budgets)`."""
     kinds = statistics.damage.kinds if statistics.damage is not None else []
-    return damage.astype(np.float64) @ np.array([OBJECTIVES[objective].get(kind, 0.0) for kind in kinds])
+    weights = OBJECTIVES[objective]
+    if missing := weights.keys() - set(kinds):
+        raise UsageError(
+            f"the objective {objective} needs probes of {', '.join(sorted(weights))}, and none of {', '.join(sorted(missing))} "
+            "were measured; choose another, or calibrate anew with --probes, for example --probes facts=4,lookups=8"
+        )
+    return damage.astype(np.float64) @ np.array([weights.get(kind, 0.0) for kind in kinds])
 
 
 def _predict(

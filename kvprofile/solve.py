@@ -35,13 +35,13 @@ def solve(
     curves: NDArray[np.float64],
     budget: float,
     *,
-    shares: str = "uniform",
+    rule: str = "uniform",
     granularity: str = "head",
 ) -> Solution:
     """Find the thresholds that keep `budget` of all slots.
 
     `thresholds` is `(n,)`, rising; `curves` `(layers, kv_heads, n)` the measured share of slots at each, protected tokens
-    counted. `shares`: `uniform` gives every head (`granularity` head) or every layer (layer) the budget; `common` takes
+    counted. `rule`: `uniform` gives every head (`granularity` head) or every layer (layer) the budget; `common` takes
     one threshold for the whole model and lets the shares emerge. Between thresholds the curves are linear, so the mean of
     the shares equals the budget to rounding.
 
@@ -52,7 +52,7 @@ def solve(
     # A greedy partition may need a set more at a lower threshold; the curve to invert must not fall.
     curves = np.maximum.accumulate(curves, axis=-1)
     layers, heads, _ = curves.shape
-    if shares == "common":
+    if rule == "common":
         groups = curves.mean(axis=(0, 1))[None]
     elif granularity == "layer":
         groups = curves.mean(axis=1)
@@ -66,7 +66,7 @@ def solve(
             "protects less"
         )
     found = thresholds_of(thresholds, groups, np.full(len(groups), budget))
-    if shares == "common":
+    if rule == "common":
         epsilon = np.broadcast_to(found, (layers, heads)).copy()
     elif granularity == "layer":
         epsilon = np.broadcast_to(found[:, None], (layers, heads)).copy()

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvprofile.measure.moments import Moments
-from kvprofile.merging.affinity import AFFINITIES, Tokens
-from kvprofile.merging.policies import Policy, merge_tokens
+from kvprofile.merging.merge import merge_tokens
+from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
+from kvprofile.merging.tokens import Tokens
 from kvprofile.probes import KINDS
 from kvprofile.runtime.attention import AttentionCall
 
@@ -46,14 +47,16 @@ class Reading:
 class DamageCurves:
     """Mean and spread over samples of the damage, `(layers, policies, kv_heads, budgets, kinds)`, in nats per token."""
 
-    def __init__(self, layers: int, kv_heads: int, policies: Sequence[tuple[str, Policy]]) -> None:
-        self.policies = tuple(policies)
-        self.shape = (len(self.policies), kv_heads, len(BUDGETS), len(KINDS))
+    def __init__(
+        self, layers: int, kv_heads: int, policies: Sequence[tuple[str, Policy]], kinds: Sequence[str]
+    ) -> None:
+        self.policies, self.kinds = tuple(policies), tuple(kinds)
+        self.shape = (len(self.policies), kv_heads, len(BUDGETS), len(self.kinds))
         self.moments = Moments(layers, self.shape)
 
     def update(self, layer: int, reading: Reading) -> None:
         """Add one sample's layer."""
-        self.moments.update(layer, damage(reading, [policy for _, policy in self.policies]))
+        self.moments.update(layer, damage(reading, [policy for _, policy in self.policies], self.kinds))
 
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
@@ -67,10 +70,10 @@ class DamageCurves:
         }
 
 
-def damage(reading: Reading, policies: Sequence[Policy]) -> NDArray[np.float64]:
+def damage(reading: Reading, policies: Sequence[Policy], kinds: Sequence[str]) -> NDArray[np.float64]:
     """Damage of one layer of one sample: `(policies, kv_heads, budgets, kinds)`."""
-    probe = _Probed(reading)
-    return np.stack([_drop(probe, policy) if policy.rule == "drop" else _merge(probe, policy) for policy in policies])
+    probe = _Probed(reading, [KINDS.index(kind) for kind in kinds])
+    return np.stack([_drop(probe, policy) if policy.only_drops else _merge(probe, policy) for policy in policies])
 
 
 class _Probed:
@@ -80,7 +83,8 @@ class _Probed:
     numerator and denominator of the attention over the probe's own tokens.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, kinds: Sequence[int]) -> None:
+        self.kinds = kinds
         call, self.context = reading.call, reading.context
         heads, queries, dim = call.query.shape[1:]
         self.kv_heads, tokens = call.key.shape[1], self.context.keys.shape[2]
@@ -96,6 +100,9 @@ class _Probed:
         self.weights = weights[:, :, :tokens]
         self.above = weights[:, :, tokens:] @ call.value[0, :, tokens:].float()
         self.below = weights[:, :, tokens:].sum(-1, keepdim=True)
+        if call.sinks is not None:
+            sinks = call.sinks.float().view(self.kv_heads, group, 1).repeat_interleave(queries, dim=1)
+            self.below = self.below + torch.exp(sinks - self.top)
 
     def logits(self, keys: Tensor) -> Tensor:
         """Logits of the probe's queries over `keys` `(kv_heads, slots, head_dim)`."""
@@ -112,7 +119,7 @@ class _Probed:
         slope = torch.einsum("rqhgd,hgqd->rhq", gradients, change)
         cost = slope.square().mean(0) / 2
         return np.stack(
-            [cost[:, self.reading.kind == kind].mean(-1).double().cpu().numpy() for kind in range(len(KINDS))], axis=-1
+            [cost[:, self.reading.kind == kind].mean(-1).double().cpu().numpy() for kind in self.kinds], axis=-1
         )
 
     def split(self, policy: Policy) -> tuple[Tokens, int, int]:
@@ -131,7 +138,7 @@ def _drop(probe: _Probed, policy: Policy) -> NDArray[np.float64]:
     """Damage `(kv_heads, budgets, kinds)` of evicting: tokens are added back in order of rank, each counted once."""
     part, recent, heavy = probe.split(policy)
     aged = part.keys.shape[2]
-    affinity = AFFINITIES[policy.affinity](part)[0]
+    affinity = policy.rank(part)[0]
     protected = protected_tokens(policy.protection, part, heavy)[0]
     affinity = affinity.masked_fill(protected, -torch.inf)
     least = int(protected.sum(-1).max())

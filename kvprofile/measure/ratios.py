@@ -37,13 +37,16 @@ class CompressionRatios:
         """
         total = keys.shape[1] + apart
         ratio = (np.stack([count_sets(keys, protected, rule) for rule in self.rules]) + apart) / total
-        moments = self.kinds.setdefault(kind, Moments(self.layers, self.shape))
-        moments.update(layer, np.concatenate([ratio, ratio.mean(axis=1, keepdims=True)], axis=1))
+        self.of_kind(kind).update(layer, np.concatenate([ratio, ratio.mean(axis=1, keepdims=True)], axis=1))
+
+    def of_kind(self, kind: str) -> Moments:
+        """The moments of one kind of text, begun when it is first met."""
+        return self.kinds.setdefault(kind, Moments(self.layers, self.shape))
 
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         for kind, moments in other.kinds.items():
-            self.kinds.setdefault(kind, Moments(self.layers, self.shape)).merge(moments)
+            self.of_kind(kind).merge(moments)
 
     def overall(self) -> Moments:
         """The moments over all samples of every kind: arrays `(layers, rules, kv_heads + 1, thresholds)`."""

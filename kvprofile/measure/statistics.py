@@ -7,20 +7,23 @@ import torch
 from numpy.typing import NDArray
 
 from kvprofile.measure.adjacent import AdjacentSimilarity
+from kvprofile.measure.coverage import MassCoverage
 from kvprofile.measure.damage import DamageCurves
 from kvprofile.measure.distance import SimilarityByDistance
+from kvprofile.measure.hidden import AttentionChange
 from kvprofile.measure.maps import SimilarityMap
 from kvprofile.measure.ratios import CompressionRatios
-from kvprofile.merging.affinity import Tokens
+from kvprofile.measure.window import WindowAttention, window_attention
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.scores import MASS_STRIDE, attention_mass
 from kvprofile.merging.sets import RULES
+from kvprofile.merging.tokens import Tokens
 from kvprofile.runtime.attention import AttentionCall
 
 
 class Statistics:
-    """Key similarity in every form, and the compression ratios under a policy's protected tokens.
+    """Key similarity in every form, the compression ratios under a policy's protected tokens, and what budget rules go by.
 
     With `rules` empty only the similarity measures are taken, which cost next to nothing. `damage` holds the damage curves
     of the full-attention layers, where they are measured.
@@ -42,21 +45,32 @@ class Statistics:
         self.distance = SimilarityByDistance(layers, kv_heads, tokens)
         self.map = SimilarityMap(layers, kv_heads)
         self.ratios = CompressionRatios(layers, kv_heads, rules)
+        self.coverage = MassCoverage(layers)
+        self.window = WindowAttention(layers)
+        self.change = AttentionChange(layers)
 
-    def update(self, layer: int, kind: str, call: AttentionCall) -> None:
-        """Add one sample's layer: the call of a prefill with batch 1."""
+    def update(self, layer: int, kind: str, call: AttentionCall, mass: torch.Tensor | None = None) -> None:
+        """Add one sample's layer: the call of a prefill with batch 1.
+
+        The attention `mass` `(1, kv_heads, tokens)` is given for the layers that are merged: budget rules go by these alone.
+        """
         keys, values = call.key[0], call.value[0]
         self.adjacent.update(layer, keys, values)
         self.distance.update(layer, keys)
         self.map.update(layer, keys)
+        if mass is not None:
+            self.coverage.update(layer, mass[0])
+            attention = window_attention(call.query, call.key, call.scaling, softcap=call.softcap, sinks=call.sinks)
+            self.window.update(layer, attention)
         if not self.ratios.rules:
             return
         protection, tokens = self.policy.protection, keys.shape[1]
         recent = protection.recent_tokens(tokens)
         heavy = protection.heavy_tokens(tokens)
-        mass: torch.Tensor | None = None
-        if heavy:
-            mass = attention_mass(call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap)
+        if heavy and mass is None:
+            mass = attention_mass(
+                call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+            )
         aged = Tokens(call.key, call.value, mass, {}, 0, tokens).oldest(tokens - recent)
         protected = protected_tokens(protection, aged, heavy)[0]
         self.ratios.update(layer, kind, aged.keys[0], protected, apart=recent)
@@ -67,6 +81,9 @@ class Statistics:
         self.distance.merge(other.distance)
         self.map.merge(other.map)
         self.ratios.merge(other.ratios)
+        self.coverage.merge(other.coverage)
+        self.window.merge(other.window)
+        self.change.merge(other.change)
         if self.damage is not None and other.damage is not None:
             self.damage.merge(other.damage)
 
@@ -77,5 +94,8 @@ class Statistics:
             **self.distance.finish(),
             **self.map.finish(),
             **self.ratios.finish(),
+            **self.coverage.finish(),
+            **self.window.finish(),
+            **self.change.finish(),
             **({} if self.damage is None else self.damage.finish()),
         }

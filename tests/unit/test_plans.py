@@ -16,7 +16,7 @@ from tests.unit.builders import THRESHOLDS, build_profile
 BUDGETS = [0.1, 0.2, 0.4, 0.8]
 NAMES = ["gauss", "value-attention", "streaming"]
 TOKENS = 1000  # protected: 36 of them, a share of 0.036
-UNIFORM = [(shares, granularity) for shares in ("uniform", "common") for granularity in GRANULARITIES]
+UNIFORM = [(rule, granularity) for rule in ("uniform", "common") for granularity in GRANULARITIES]
 
 
 def damage_of(seed=0, names=NAMES, orders=3.0):
@@ -45,7 +45,7 @@ def damaged(names=NAMES):
     return Profile.model_validate(values)
 
 
-def planned(damage, budget=0.4, *, names=NAMES, shares="damage", mode="exact", **arguments):
+def planned(damage, budget=0.4, *, names=NAMES, rule="damage", mode="exact", **arguments):
     profile = damaged(names)
     return make_plan(
         profile.model,
@@ -54,7 +54,7 @@ def planned(damage, budget=0.4, *, names=NAMES, shares="damage", mode="exact", *
         damage,
         budget,
         tokens=TOKENS,
-        shares=shares,
+        rule=rule,
         mode=mode,
         **arguments,
     )
@@ -89,7 +89,7 @@ def test_shares_follow_damage(objective, budget):
     assert [head.policy for head in heads] == [NAMES[policy] for policy in expected.policy]
     assert plan.damage_bound == pytest.approx(expected.bound, rel=1e-3)
     assert np.mean([head.share for head in heads]) == pytest.approx(budget, abs=1e-6)
-    assert (plan.policy, plan.shares, plan.objective, plan.predicted_ratio) == ("auto", "damage", objective, budget)
+    assert (plan.policy, plan.rule, plan.objective, plan.predicted_ratio) == ("auto", "damage", objective, budget)
     for place, head in enumerate(heads):
         wanted = straight(curves[place, NAMES.index(head.policy)], head.share)
         assert head.damage == pytest.approx(wanted, rel=1e-3)
@@ -132,6 +132,28 @@ def test_layers_share_alike_and_choose_together():
     assert plan.granularity == "layer"
 
 
+def test_an_objective_refuses_kinds_that_were_not_measured():
+    with pytest.raises(UsageError, match=r"none of facts, lookup were measured; .* --probes facts=4,lookups=8"):
+        planned(damage_of(), objective="all")
+
+
+def test_the_objective_all_counts_planted_lines():
+    generator = np.random.default_rng(3)
+    four = -np.sort(-generator.uniform(0.1, 4, (2, len(NAMES), 2, len(BUDGETS), 4)), axis=3)
+    profile = damaged()
+    facts = profile.statistics.damage.model_copy(
+        update={"kinds": ["recall", "continuation", "facts", "lookup"], "facts": 4, "lookups": 8}
+    )
+    statistics = profile.statistics.model_copy(update={"damage": facts})
+    whole, part = (
+        make_plan(profile.model, profile.policies, statistics, four, 0.4, tokens=TOKENS, objective=objective)
+        for objective in ("all", "balanced")
+    )
+    summed = np.stack([four.sum(-1), np.zeros_like(four[..., 0])], axis=-1)
+    assert whole.layers == planned(summed).layers
+    assert part.layers == planned(four[..., :2]).layers
+
+
 def test_one_objective_does_not_see_the_other_kind():
     damage = damage_of()
     other = damage.copy()
@@ -165,7 +187,7 @@ def test_the_protected_tokens_are_the_floor_of_equal_shares_too(name):
         layers = [layer.model_copy(update=curves) for layer in profile.statistics.layers]
         profile = profile.model_copy(update={"statistics": profile.statistics.model_copy(update={"layers": layers})})
     with pytest.raises(MismatchError, match=r"budget 0\.01 is out of reach.*ask for a budget from 0\.036 to 1"):
-        replan(profile, damage_of(), 0.01, policy=name, shares="uniform", mode="exact")
+        replan(profile, damage_of(), 0.01, policy=name, rule="uniform", mode="exact")
 
 
 def test_a_budget_of_all_predicts_no_damage():
@@ -199,11 +221,11 @@ def test_threshold_mode_needs_cosine_in_every_head(policy):
 
 
 def test_damage_that_was_not_measured_is_asked_for():
-    with pytest.raises(UsageError, match=r"no damage was measured.*give --shares uniform, or calibrate anew"):
+    with pytest.raises(UsageError, match=r"no damage was measured.*give --rule uniform, or calibrate anew"):
         planned(None)
     profile = build_profile()
     with pytest.raises(UsageError, match="no damage was measured"):
-        replan(profile, damage_of(), 0.5, shares="damage", mode="exact")
+        replan(profile, damage_of(), 0.5, rule="damage", mode="exact")
     with pytest.raises(UsageError, match=r"measured for gauss, value-attention, streaming, not for h2o; choose one"):
         planned(damage_of(), policy="h2o")
 
@@ -214,7 +236,7 @@ def test_equal_shares_of_the_policy_that_is_best_for_all(names):
     for best, name in enumerate(names):
         better = damage.copy()
         better[:, best] /= 100
-        plan = planned(better, 0.4, names=names, shares="uniform")
+        plan = planned(better, 0.4, names=names, rule="uniform")
         assert {head.policy for head in heads_of(plan)} == {name}
         assert [head.share for head in heads_of(plan)] == pytest.approx([0.4] * 4)
         curves = better.sum(-1)[:, best].reshape(4, -1)
@@ -223,17 +245,17 @@ def test_equal_shares_of_the_policy_that_is_best_for_all(names):
 
 
 def test_a_policy_without_damage_predicts_none():
-    plan = planned(damage_of(), policy="h2o", shares="uniform")
+    plan = planned(damage_of(), policy="h2o", rule="uniform")
     assert plan.predicted_damage is None
     assert {head.damage for head in heads_of(plan)} == {None}
     with pytest.raises(UsageError, match="the policy h2o goes by mass, which has no common threshold"):
-        planned(damage_of(), policy="h2o", shares="common")
+        planned(damage_of(), policy="h2o", rule="common")
 
 
 def test_the_answer_beats_equal_shares():
     for seed in range(5):
         damage = damage_of(seed)
-        own, even = (planned(damage, 0.3, shares=shares).predicted_damage for shares in ("damage", "uniform"))
+        own, even = (planned(damage, 0.3, rule=rule).predicted_damage for rule in ("damage", "uniform"))
         assert own <= even * 1.02
 
 
@@ -243,7 +265,7 @@ def test_the_answer_beats_equal_shares():
 def test_a_plan_says_what_was_solved():
     profile = build_profile()
     curves = np.array([layer.ratio for layer in profile.statistics.layers])
-    for shares, granularity in UNIFORM:
+    for rule, granularity in UNIFORM:
         plan = make_plan(
             profile.model,
             profile.policies,
@@ -252,12 +274,12 @@ def test_a_plan_says_what_was_solved():
             0.6,
             tokens=64,
             policy="gauss",
-            shares=shares,
+            rule=rule,
             granularity=granularity,
             mode="threshold",
         )
-        solution = solve(np.array(THRESHOLDS), curves, 0.6, shares=shares, granularity=granularity)
-        assert (plan.budget, plan.shares, plan.granularity, plan.mode) == (0.6, shares, granularity, "threshold")
+        solution = solve(np.array(THRESHOLDS), curves, 0.6, rule=rule, granularity=granularity)
+        assert (plan.budget, plan.rule, plan.granularity, plan.mode) == (0.6, rule, granularity, "threshold")
         assert (plan.predicted_ratio, plan.predicted_damage, plan.damage_bound) == (0.6, None, None)
         assert [layer.layer for layer in plan.layers] == [0, 1]
         for row, layer in enumerate(plan.layers):
@@ -286,7 +308,7 @@ def test_damage_is_of_the_full_attention_layers_in_order():
     values["model"]["attention"] = ["sliding_attention", "full_attention"]
     values["plan"]["layers"] = values["plan"]["layers"][1:]
     damage = damage_of()
-    plan = replan(Profile.model_validate(values), damage[1:], 0.4, policy="auto", shares="damage", mode="exact").plan
+    plan = replan(Profile.model_validate(values), damage[1:], 0.4, policy="auto", rule="damage", mode="exact").plan
     assert [layer.layer for layer in plan.layers] == [1]
     expected = allocate(np.array(BUDGETS), damage[1].sum(-1).transpose(1, 0, 2), 0.4, floor=0.036)
     assert [head.share for head in heads_of(plan)] == pytest.approx(expected.share.tolist(), abs=1e-6)
@@ -303,7 +325,7 @@ def test_a_model_without_full_attention_is_told_in_one_line():
 
 def test_replanning_keeps_all_but_plan_and_check():
     profile, damage = damaged(), damage_of()
-    choices = {"policy": "auto", "shares": "damage", "objective": "recall", "granularity": "layer", "mode": "exact"}
+    choices = {"policy": "auto", "rule": "damage", "objective": "recall", "granularity": "layer", "mode": "exact"}
     other = replan(profile, damage, 0.4, **choices)
     assert other.check is None
     assert other.plan.budget == 0.4
@@ -326,7 +348,7 @@ def test_the_whole_budget_is_written_as_null():
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("shares", "equal", "unknown shares 'equal'; expected one of damage, uniform, common"),
+        ("rule", "equal", "unknown rule 'equal'; expected one of damage, uniform, common"),
         ("objective", "speed", "unknown objective 'speed'; expected one of balanced, recall, continuation"),
         ("granularity", "token", "unknown granularity 'token'; expected one of layer, head"),
         ("mode", "fast", "unknown mode 'fast'; expected one of exact, threshold"),
@@ -349,7 +371,7 @@ def test_policies_without_thresholds_are_planned_in_exact_mode(name):
     profile = build_profile(policy=name)
     facts = {name: PolicyFacts.model_validate(POLICIES[name].to_dict())}
     arguments = (profile.model, facts, profile.statistics, None, 0.6)
-    choices = {"tokens": 64, "policy": name, "shares": "uniform"}
+    choices = {"tokens": 64, "policy": name, "rule": "uniform"}
     assert make_plan(*arguments, **choices, mode="exact").predicted_ratio == 0.6
     if POLICIES[name].affinity == "cosine":
         assert make_plan(*arguments, **choices, mode="threshold").mode == "threshold"

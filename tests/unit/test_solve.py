@@ -12,7 +12,7 @@ from kvprofile.errors import MismatchError, UsageError
 from kvprofile.solve import GRANULARITIES, check_budget, solve, thresholds_of
 from tests.unit.reference import PROPERTY
 
-MODES = [(shares, granularity) for shares in ("uniform", "common") for granularity in GRANULARITIES]
+MODES = [(rule, granularity) for rule in ("uniform", "common") for granularity in GRANULARITIES]
 
 
 def _curve_at(thresholds, curve, epsilon):
@@ -47,9 +47,9 @@ def _problems(draw, lowest=0.3):
 @given(problem=_problems(), mode=st.sampled_from(MODES))
 def test_the_budget_is_met_by_thresholds_that_reproduce_the_shares(problem, mode):
     thresholds, curves, budget = problem
-    shares, granularity = mode
+    rule, granularity = mode
     layers, heads, _ = curves.shape
-    solution = solve(thresholds, curves, budget, shares=shares, granularity=granularity)
+    solution = solve(thresholds, curves, budget, rule=rule, granularity=granularity)
     assert solution.share.mean() == pytest.approx(budget, abs=1e-9)
     assert solution.share.shape == solution.epsilon.shape == (layers, heads)
     assert ((solution.share >= 0) & (solution.share <= 1)).all()
@@ -57,7 +57,7 @@ def test_the_budget_is_met_by_thresholds_that_reproduce_the_shares(problem, mode
         for head in range(heads):
             share = _curve_at(thresholds, curves[layer, head], solution.epsilon[layer, head])
             assert solution.share[layer, head] == pytest.approx(share, abs=1e-9)
-    if shares == "common":
+    if rule == "common":
         assert len(np.unique(solution.epsilon)) == 1
     elif granularity == "layer":
         assert all(len(np.unique(row)) == 1 for row in solution.epsilon)
@@ -70,9 +70,9 @@ def test_the_budget_is_met_by_thresholds_that_reproduce_the_shares(problem, mode
 @given(problem=_problems(), second=st.floats(0.3, 1), mode=st.sampled_from(MODES))
 def test_a_larger_budget_takes_no_slot_from_anyone(problem, second, mode):
     thresholds, curves, first = problem
-    shares, granularity = mode
+    rule, granularity = mode
     small, large = (
-        solve(thresholds, curves, budget, shares=shares, granularity=granularity) for budget in sorted([first, second])
+        solve(thresholds, curves, budget, rule=rule, granularity=granularity) for budget in sorted([first, second])
     )
     assert (large.share >= small.share - 1e-12).all()
     assert (large.epsilon >= small.epsilon).all()
@@ -82,7 +82,7 @@ def test_a_larger_budget_takes_no_slot_from_anyone(problem, second, mode):
 @given(problem=_problems(), mode=st.sampled_from(MODES))
 def test_the_whole_budget_merges_nothing(problem, mode):
     thresholds, curves, _ = problem
-    solution = solve(thresholds, curves, 1.0, shares=mode[0], granularity=mode[1])
+    solution = solve(thresholds, curves, 1.0, rule=mode[0], granularity=mode[1])
     assert np.isinf(solution.epsilon).all()
     assert (solution.share == 1).all()
 
@@ -91,19 +91,19 @@ def test_the_whole_budget_merges_nothing(problem, mode):
 @given(problem=_problems(lowest=0.9), mode=st.sampled_from(MODES), below=st.floats(0.01, 0.999))
 def test_what_is_out_of_reach_is_told_with_the_range_that_is_not(problem, mode, below):
     thresholds, curves, _ = problem
-    shares, granularity = mode
+    rule, granularity = mode
     groups = {"common": curves.mean(axis=(0, 1))[None], "layer": curves.mean(axis=1), "head": curves}
-    floor = groups["common" if shares == "common" else granularity][..., 0].max()
+    floor = groups["common" if rule == "common" else granularity][..., 0].max()
     assume(floor > 1e-6)
     with pytest.raises(MismatchError) as caught:
-        solve(thresholds, curves, floor * below, shares=shares, granularity=granularity)
+        solve(thresholds, curves, floor * below, rule=rule, granularity=granularity)
     message = str(caught.value)
     assert caught.value.exit_code == 3
     assert "\n" not in message
     low, high = re.search(r"ask for a budget from (\S+) to (\S+),", message).groups()
     assert float(low) == pytest.approx(floor, abs=0.0011)
     for end in (low, high):
-        solution = solve(thresholds, curves, float(end), shares=shares, granularity=granularity)
+        solution = solve(thresholds, curves, float(end), rule=rule, granularity=granularity)
         assert solution.share.mean() == pytest.approx(float(end), abs=1e-9)
 
 
@@ -144,11 +144,9 @@ def test_a_curve_that_dips_is_read_as_level():
     # Greedy sets can be one more at a lower threshold.
     thresholds = np.array([0.0, 0.3, 0.6, 1.0])
     expected = {0.3: 0.075, 0.55: 0.2625, 0.7: 0.7, 0.8: 0.8}
-    for shares, granularity in MODES:
+    for rule, granularity in MODES:
         for budget, epsilon in expected.items():
-            dipped = solve(
-                thresholds, np.array([[[0.2, 0.6, 0.5, 1.0]]]), budget, shares=shares, granularity=granularity
-            )
+            dipped = solve(thresholds, np.array([[[0.2, 0.6, 0.5, 1.0]]]), budget, rule=rule, granularity=granularity)
             assert dipped.epsilon.item() == pytest.approx(epsilon)
             assert dipped.share.item() == pytest.approx(budget)
 
@@ -161,7 +159,7 @@ def test_models_of_real_size(layers, heads, mode):
     curves = generator.random((layers, heads, 64)).cumsum(-1)
     curves = 0.05 + 0.95 * curves / curves[..., -1:]
     for budget in (0.15, 0.35, 0.5, 0.9):
-        solution = solve(thresholds, curves, budget, shares=mode[0], granularity=mode[1])
+        solution = solve(thresholds, curves, budget, rule=mode[0], granularity=mode[1])
         assert solution.share.mean() == pytest.approx(budget, abs=1e-9)
 
 
