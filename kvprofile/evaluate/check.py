@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, read_through
+from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.plans import replan
 from kvprofile.profile import Achieved, Check, Fidelity, ModeCheck, Profile
 from kvprofile.runtime.merger import KVMerger
@@ -34,7 +35,7 @@ def check_profile(
     """
     if not held_out:
         return profile
-    uniform = replan(profile, damage, profile.plan.budget, shares="uniform", granularity="head", mode="exact")
+    uniform = replan(profile, damage, profile.plan.budget, rule="uniform", granularity="head", mode="exact")
     plans = {"exact": profile, "uniform": uniform}
     if all(head.epsilon is not None or head.share >= 1 for layer in profile.plan.layers for head in layer.heads):
         plans["threshold"] = profile
@@ -143,13 +144,6 @@ def _mode_check(results: list[_Result], budget: float) -> ModeCheck:
             continuation_top1=_mean([entry.top1 for entry in continuation]),
         ),
     )
-
-
-def bootstrap(values: list[float], resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean over samples, with a fixed seed."""
-    drawn = np.random.default_rng(0).choice(values, size=(resamples, len(values))).mean(axis=1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return round(float(low), 6), round(float(high), 6)
 
 
 def _mean(values: list[float]) -> float:

@@ -5,7 +5,7 @@ needs the old tokens) and by the text that follows (*continuation*, which mostly
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,24 +46,36 @@ def make_trial(context: Tensor, continuation: Tensor, seed: int) -> Trial:
     return Trial(context, recall, continuation)
 
 
-def read_through(
-    model: PreTrainedModel, cache: Cache, trial: Trial, after_context: Callable[[Cache], None] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Fill the cache with the context, then read recall and continuation, each from the filled cache.
+def read_parts(
+    model: PreTrainedModel,
+    cache: Cache,
+    context: Tensor,
+    parts: Sequence[Tensor],
+    after_context: Callable[[Cache], None] | None = None,
+) -> list[Tensor]:
+    """Fill the cache with a context `(tokens,)`, then read every part `(tokens,)` from the filled cache on its own.
 
-    Returns log-probabilities `(tokens, vocabulary)` for recall and continuation: row i predicts the token after i.
-    `after_context` sees the filled cache.
+    Returns the parts' log-probabilities `(tokens, vocabulary)`: row i predicts the token after i. `after_context` sees
+    the filled cache.
     """
     with torch.inference_mode():
-        model(trial.context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
         if after_context is not None:
             after_context(cache)
         rows = []
-        for tokens in (trial.recall, trial.continuation):
+        for tokens in parts:
             filled = copy.deepcopy(cache)
             logits = model(tokens[None].to(model.device), past_key_values=filled).logits[0]
             rows.append(F.log_softmax(logits.float(), dim=-1))
-    return rows[0], rows[1]
+    return rows
+
+
+def read_through(
+    model: PreTrainedModel, cache: Cache, trial: Trial, after_context: Callable[[Cache], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a trial's recall and continuation, each read from the cache filled with its context."""
+    recall, continuation = read_parts(model, cache, trial.context, (trial.recall, trial.continuation), after_context)
+    return recall, continuation
 
 
 def distance(reference: Tensor, candidate: Tensor) -> Distance:
@@ -73,3 +85,9 @@ def distance(reference: Tensor, candidate: Tensor) -> Distance:
     kl = torch.where(reference == -torch.inf, 0.0, terms).sum() / len(reference)
     top1 = (reference.argmax(-1) == candidate.argmax(-1)).float().mean()
     return Distance(float(kl.clamp(min=0)), float(top1))
+
+
+def negative_log_likelihood(rows: Tensor, following: Tensor) -> float:
+    """Mean of -log p in nats of the tokens `following` `(tokens,)` under log-probabilities `(tokens, vocabulary)`."""
+    chosen = rows.gather(-1, following.to(rows.device)[:, None])
+    return float(-chosen.mean())

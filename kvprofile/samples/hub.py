@@ -38,7 +38,7 @@ def longbench_documents(task: str) -> list[Document]:
     Raises:
         KVProfileError: the hub cannot be reached, or there is no such task.
     """
-    return documents_from_rows(_longbench_rows(task), "context", task, f"LongBench {task}")
+    return documents_from_rows(longbench_rows(task), "context", task, f"LongBench {task}")
 
 
 def _rows(name: str, split: str) -> Iterator[dict[str, Any]]:
@@ -53,7 +53,8 @@ def _rows(name: str, split: str) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def _longbench_rows(task: str) -> Iterator[dict[str, Any]]:
+def longbench_rows(task: str) -> Iterator[dict[str, Any]]:
+    """The rows of one LongBench task, from the archive on the hub. Raises KVProfileError as `longbench_documents`."""
     from huggingface_hub import hf_hub_download
 
     try:

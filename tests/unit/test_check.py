@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvprofile.evaluate.check import bootstrap
+from kvprofile.evaluate.intervals import bootstrap
 
 
 def test_the_interval_is_that_of_the_mean():

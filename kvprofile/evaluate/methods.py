@@ -1,0 +1,106 @@
+"""What is compared: the full cache, a profile's plan, and plans of other policies with the same number of slots."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvprofile.merging.policies import POLICIES
+from kvprofile.plans import replan
+from kvprofile.profile import Profile
+from kvprofile.runtime.merger import KVMerger
+
+FULL = "full cache"
+ANCHOR_EPSILON = 0.75
+"""Where a policy's sets need a threshold: KVMerger's own, arXiv 2407.08454, then corrected to the asked number of slots."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to keep the context.
+
+    Attributes:
+        name: what tables call it.
+        budget: the fraction of slots asked for.
+        plan: a profile's JSON values for the runtime; None is the full cache.
+    """
+
+    name: str
+    budget: float
+    plan: dict[str, Any] | None
+
+    def what_runs(self) -> Any:
+        """What decides the numbers, as JSON values: the plan's heads and their policies, without any names of files."""
+        if self.plan is None:
+            return None
+        layers = [
+            [{key: head[key] for key in ("policy", "epsilon", "share")} for head in layer["heads"]]
+            for layer in self.plan["plan"]["layers"]
+        ]
+        used = {head["policy"] for layer in layers for head in layer}
+        policies = {name: values for name, values in self.plan["policies"].items() if name in used}
+        return {"mode": self.plan["plan"]["mode"], "layers": layers, "policies": policies}
+
+
+@contextmanager
+def cache_of(model: PreTrainedModel, method: Method) -> Iterator[Cache]:
+    """An empty cache of a method; the model is attached while the block runs."""
+    if method.plan is None:
+        yield DynamicCache(config=model.config)
+        return
+    merger = KVMerger.from_profile(method.plan).attach(model)
+    try:
+        yield merger.cache()
+    finally:
+        merger.detach()
+
+
+def profile_methods(
+    name: str, profile: Profile, arrays: Mapping[str, NDArray[Any]], budgets: Sequence[float]
+) -> list[Method]:
+    """A profile's plan at every budget: as it is at its own, solved again from its statistics at the others.
+
+    Raises MismatchError where a budget is out of reach.
+    """
+    plans = {
+        budget: profile
+        if budget == profile.plan.budget
+        else replan(profile, arrays.get("damage_mean"), budget, measured=arrays)
+        for budget in budgets
+    }
+    return [Method(name, budget, plan.model_dump(mode="json")) for budget, plan in plans.items()]
+
+
+def uniform_methods(profile: Profile, names: Sequence[str], budgets: Sequence[float]) -> list[Method]:
+    """Policies of `POLICIES` with the same share of slots in every head, met exactly, for the profile's model."""
+    return [
+        Method(f"{name}, uniform", budget, uniform_plan(profile, name, budget)) for budget in budgets for name in names
+    ]
+
+
+def uniform_plan(profile: Profile, name: str, budget: float) -> dict[str, Any]:
+    """A profile's JSON values with one policy and one share for every head."""
+    values = profile.model_dump(mode="json")
+    values["policies"] = {name: POLICIES[name].to_dict()}
+    for layer in values["plan"]["layers"]:
+        layer["heads"] = [{"policy": name, "epsilon": ANCHOR_EPSILON, "share": budget} for _ in layer["heads"]]
+    values["plan"]["mode"] = "exact"
+    return values
+
+
+def damage_methods(
+    profile: Profile, arrays: Mapping[str, NDArray[Any]], names: Sequence[str], budgets: Sequence[float]
+) -> list[Method]:
+    """Single policies with shares by their measured damage, for those of the `names` whose damage the profile holds."""
+    curves = [] if profile.statistics.damage is None else profile.statistics.damage.policies
+    methods = []
+    for budget in budgets:
+        for name in names:
+            if name in curves:
+                plan = replan(profile, arrays["damage_mean"], budget, policy=name, rule="damage", mode="exact")
+                methods.append(Method(f"{name}, by damage", budget, plan.model_dump(mode="json")))
+    return methods
