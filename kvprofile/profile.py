@@ -5,19 +5,23 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvprofile.errors import KVProfileError
 from kvprofile.files import atomic_write
 from kvprofile.fingerprint import check_fit
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
+
+    from kvprofile.report.style import Plot
 
 SCHEMA_VERSION = 1
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# A name that a program using kvprofile has registered; the runtime refuses it where it is not.
+Foreign = Annotated[str, Field(pattern="^x-[a-z0-9-]+$")]
 
 
 class _Strict(BaseModel):
@@ -89,20 +93,44 @@ class ProtectionFacts(_Strict):
 class CombinationFacts(_Strict):
     """How a set becomes a slot."""
 
-    weights: Literal["gaussian", "attention", "average", "pivot"]
+    weights: Literal["gaussian", "attention", "average", "pivot", "similarity", "midpoints", "cosines"] | Foreign
     sigma: Annotated[float, Field(gt=0)] | Literal["mean", "rms"]
     keep_pivot_key: bool
     scale_values: bool
     bias: Literal["count", "attention", "none"]
+    threshold: Annotated[float, Field(ge=-1, le=1)] | Literal["mean"] = Field(
+        default=-1.0, description="least cosine at which a lost token joins its most similar survivor"
+    )
 
 
 class PolicyFacts(_Strict):
     """Which tokens are protected, which give up their slots first, and what becomes of them."""
 
-    affinity: Literal["cosine", "displacement", "mass", "idle", "value-attention", "window", "long-window", "age"]
-    rule: Literal["chain", "anchor", "complete", "drop"]
+    affinity: (
+        Literal[
+            "cosine",
+            "displacement",
+            "mass",
+            "idle",
+            "value-attention",
+            "window",
+            "long-window",
+            "age",
+            "keydiff",
+            "nested",
+            "expected",
+            "decayed",
+            "random",
+        ]
+        | Foreign
+    )
+    rule: Literal["chain", "anchor", "complete", "drop", "nearest", "residual", "spread", "spread-drawn"] | Foreign
     protection: ProtectionFacts
     combination: CombinationFacts
+    regression: bool = Field(
+        default=False, description="mend the slots' values so that the newest queries' outputs match"
+    )
+    seed: int = Field(default=0, ge=0, description="of what a policy draws")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -142,6 +170,8 @@ class DamageFacts(_Strict):
     passages: int = Field(description="passages of the context repeated in every probe")
     passage_tokens: int
     continuation_tokens: int
+    facts: int = Field(0, description="sentences planted in the context and asked for in other words")
+    lookups: int = Field(0, description="`name: number` lines planted in the context and looked up")
 
 
 class Arrays(_Strict):
@@ -186,8 +216,10 @@ class Plan(_Strict):
 
     budget: Annotated[float, Field(gt=0, le=1)]
     policy: str = Field(description="the policy asked for, or auto: every head its own")
-    shares: Literal["damage", "uniform", "common"]
-    objective: Literal["balanced", "recall", "continuation"]
+    rule: Literal["damage", "uniform", "common", "pyramidkv", "dynamickv", "prefixkv", "cake", "squeeze"] = Field(
+        description="how the budget is spent on layers and heads",
+    )
+    objective: Literal["balanced", "recall", "continuation", "all"]
     granularity: Literal["layer", "head"]
     mode: Literal["threshold", "exact"] = Field(description="slots emerge from epsilon, or meet the share to the slot")
     predicted_ratio: Share
@@ -235,7 +267,11 @@ class Check(_Strict):
 
 
 class Profile(_Strict):
-    """A calibrated profile. `load_profile` reads one, `save` writes one."""
+    """A calibrated profile. `load_profile` reads one, `save` writes one.
+
+    In a notebook it shows itself. What needs the arrays (`replan`, `plot_similarity`, the whole `report`) reads them from
+    beside the file it was read from or saved to.
+    """
 
     schema_version: Literal[1]
     created: Created
@@ -245,6 +281,8 @@ class Profile(_Strict):
     statistics: Statistics
     plan: Plan
     check: Check | None
+
+    _path: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -286,6 +324,80 @@ class Profile(_Strict):
             raise KVProfileError(f"{path} exists; give --force to replace it, or another -o")
         atomic_write(path, self.to_json())
         return path
+
+    def at(self, path: str | Path) -> Self:
+        """The same profile, knowing that it lies at `path`, with its arrays beside it."""
+        placed = self.model_copy()
+        placed._path = Path(path)
+        return placed
+
+    def arrays(self) -> dict[str, "np.ndarray"]:
+        """The big arrays: similarity maps, histograms, damage curves. Raises KVProfileError where they are not at hand."""
+        from kvprofile.storage import load_arrays
+
+        if self._path is None:
+            raise KVProfileError(
+                "this profile lies in no file, so it has no arrays beside it; save it with save_profile"
+            )
+        return load_arrays(self, self._path)
+
+    def replan(self, budget: float, **choices: str) -> "Profile":
+        """The same profile with a plan for another budget; `choices` are those of `kvprofile.replan`.
+
+        Raises as `kvprofile.replan` does, and KVProfileError where the arrays are not at hand.
+        """
+        from kvprofile.plans import replan
+
+        arrays = {} if self.statistics.arrays is None else self.arrays()
+        return replan(self, arrays.get("damage_mean"), budget, measured=arrays, **choices)
+
+    def plot_similarity(self, layer: int, head: int = 0) -> "Plot":
+        """How alike a head's keys are, token by token. Raises UsageError for a layer or head the model does not have."""
+        from kvprofile.report.html import make_subject
+        from kvprofile.report.similarity import similarity_maps
+
+        subject = make_subject(self.model.name, self, self.arrays(), layers=[layer], heads=[head])
+        return similarity_maps(self.arrays()["similarity_map"], subject.chosen, 380)
+
+    def plot_plan(self) -> "Plot":
+        """Share of slots that every layer and head keeps."""
+        from kvprofile.report.plan_maps import slots_map
+        from kvprofile.report.style import WIDE
+
+        return slots_map(self, WIDE)
+
+    def plot_ratios(self) -> "Plot":
+        """Compression ratio of every layer against the threshold."""
+        from kvprofile.report.curves import ratio_curves
+        from kvprofile.report.style import WIDE
+
+        return ratio_curves(self, WIDE)
+
+    def report(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the report, one HTML page. Raises KVProfileError if the file exists and `force` is off."""
+        from kvprofile.report.html import make_subject, write_report
+
+        arrays = None if self._path is None or self.statistics.arrays is None else self.arrays()
+        return write_report([make_subject(Path(path).stem, self, arrays)], Path(path), force=force)
+
+    def __repr__(self) -> str:
+        from kvprofile.report.verdict import verdict
+
+        facts = self.model
+        return f"<Profile of {facts.name}, {facts.layers} layers x {facts.kv_heads} KV heads. {verdict(self)}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        from kvprofile.report.html import card_html
+
+        return card_html(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Profiles are equal that say the same, wherever they lie."""
+        return isinstance(other, Profile) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # it holds lists
 
     def attention_layers(self) -> list[int]:
         """Indices of the full-attention layers: the ones that are merged."""

@@ -45,7 +45,7 @@ def load_profile(path: str | Path) -> Profile:
             "calibrate anew"
         )
     try:
-        return Profile.model_validate_json(text)
+        return Profile.model_validate_json(text).at(path)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "profile"
@@ -77,7 +77,7 @@ def save_profile(
     atomic_write(beside, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
     facts = Arrays(file=beside.name, sha256=sha256_of(beside))
     profile = profile.model_copy(update={"statistics": profile.statistics.model_copy(update={"arrays": facts})})
-    return profile, [profile.save(path, force=force), beside]
+    return profile.at(path), [profile.save(path, force=force), beside]
 
 
 def load_arrays(profile: Profile, path: str | Path) -> dict[str, "np.ndarray"]:

@@ -239,7 +239,7 @@ _DAMAGE = {
     "thresholds out of order": (("statistics", "thresholds", 0), 0.9),
     "a head of an unknown policy": ((*_HEAD, "policy"), "magic"),
     "statistics of an unknown policy": (("statistics", "policy"), "magic"),
-    "an unknown rule": (("policies", "gauss", "rule"), "nearest"),
+    "an unknown rule": (("policies", "gauss", "rule"), "cluster"),
     "an unknown affinity": (("policies", "gauss", "affinity"), "beauty"),
     "an unknown width": (("policies", "gauss", "combination", "sigma"), "max"),
     "an unknown mode": (("plan", "mode"), "fast"),
@@ -465,7 +465,7 @@ def test_arrays_never_take_the_profiles_own_name(tmp_path):
     [
         (("statistics", "damage"), {"policies": ["gauss"]}),
         (("plan", "objective"), "speed"),
-        (("plan", "shares"), "equal"),
+        (("plan", "rule"), "equal"),
         ((*_HEAD, "damage"), "much"),
         (("policies", "gauss", "combination", "bias"), "size"),
         (("policies", "gauss", "combination", "count_bias"), True),
@@ -489,7 +489,7 @@ def test_a_profile_with_damage_round_trips(tmp_path):
         "passage_tokens": 20,
         "continuation_tokens": 64,
     }
-    values["plan"] |= {"policy": "auto", "shares": "damage", "predicted_damage": 0.25, "damage_bound": 0.2}
+    values["plan"] |= {"policy": "auto", "rule": "damage", "predicted_damage": 0.25, "damage_bound": 0.2}
     values["plan"]["layers"][0]["heads"][0]["damage"] = 0.125
     profile = Profile.model_validate(values)
     loaded = load_profile(profile.save(tmp_path / "profile.json"))

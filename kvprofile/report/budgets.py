@@ -1,0 +1,51 @@
+"""What other budgets would cost: the profile's curves, solved again for each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvprofile.errors import MismatchError, UsageError
+from kvprofile.plans import replan
+from kvprofile.profile import Profile
+
+GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One budget: predicted damage of the plan, and of uniform shares, in nats per token; bytes of the merged layers."""
+
+    budget: float
+    damage: float | None
+    uniform: float | None
+    nbytes: int | None
+
+
+def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]]) -> list[Cost]:
+    """The budgets of `GRID` and the profile's own, in rising order; those out of the plan's reach are left out.
+
+    All with the plan's own settings. The profile's own row is the plan it carries, not a new one.
+    """
+    damage = arrays["damage_mean"].astype(np.float64)
+    rows = []
+    for budget in sorted({*GRID, profile.plan.budget}):
+        own = budget == profile.plan.budget
+        try:
+            plan = profile.plan if own else replan(profile, damage, budget, measured=arrays).plan
+            uniform = replan(profile, damage, budget, rule="uniform", granularity="head", mode="exact").plan
+        except (MismatchError, UsageError):  # below the protected tokens, or in threshold mode without thresholds
+            continue
+        rows.append(Cost(budget, plan.predicted_damage, uniform.predicted_damage, merged_bytes(profile, budget)))
+    return rows
+
+
+def merged_bytes(profile: Profile, budget: float) -> int | None:
+    """Bytes of keys and values of the merged layers, at the calibration's length and dtype; None for an unknown dtype."""
+    facts, size = profile.model, BYTES.get(profile.calibration.dtype)
+    if size is None:
+        return None
+    slots = budget * profile.calibration.measured.tokens * len(profile.attention_layers()) * facts.kv_heads
+    return round(slots * 2 * facts.head_dim * size)

@@ -1,0 +1,142 @@
+"""Curves: damage against budget, compression ratio against threshold, similarity against distance."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from kvprofile.profile import Profile
+from kvprofile.report.budgets import Cost
+from kvprofile.report.heads import Arrays, common_threshold, seen_layers
+from kvprofile.report.measured import measured_damage, own_check
+from kvprofile.report.numbers import number
+from kvprofile.report.style import ACCENT, INK, MUTED, NARROW, RIVAL, RULE, Plot, drawing, new_plot, ramp
+
+
+def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
+    """Predicted damage against budget on a logarithmic scale, with the plan's own budget and what the check measured."""
+    with drawing():
+        plot = new_plot(width, 330 if width > NARROW else 300)
+        axis = plot.subplots()
+        axis.grid(axis="y")
+        budgets = [row.budget for row in rows]
+        planned, uniform = ([value or np.nan for value in values] for values in zip(*map(_damages, rows), strict=True))
+        axis.plot(budgets, uniform, "--", color=RIVAL, linewidth=1.6, label="uniform shares, predicted")
+        axis.plot(budgets, planned, color=ACCENT, linewidth=2, label="this plan's settings, predicted")
+        budget, damage = profile.plan.budget, profile.plan.predicted_damage
+        if damage:
+            axis.plot(
+                budget,
+                damage,
+                "o",
+                color=ACCENT,
+                markersize=14,
+                markerfacecolor="none",
+                markeredgewidth=2,
+                linestyle="none",
+                label=f"the plan: budget {budget:g}, {number(damage)}",
+            )
+        if profile.check is not None:
+            own, even = own_check(profile), profile.check.uniform
+            for check, colour, label in ((even, RIVAL, "uniform, measured"), (own, ACCENT, "the plan, measured")):
+                axis.plot(
+                    check.achieved.mean,
+                    measured_damage(check.fidelity, profile.plan.objective),
+                    "D",
+                    markersize=6.5,
+                    color=colour,
+                    label=f"{label} on held-out text",
+                )
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
+        axis.minorticks_off()
+        axis.set_xlim(0, 1)
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        axis.set_xlabel("budget: slots kept")
+        axis.set_ylabel("damage, nats per token")
+        _legend(plot, axis, width)
+    return plot
+
+
+def ratio_curves(profile: Profile, width: int) -> Plot:
+    """Compression ratio against threshold, a line and a band for each layer, and every layer at one threshold."""
+    statistics = profile.statistics
+    thresholds, at = np.array(statistics.thresholds), common_threshold(profile)
+    layers = seen_layers(profile)
+    mean = np.array([np.mean(statistics.layers[layer].ratio, axis=0) for layer in layers])
+    # The spread of single heads: a band as wide as the heads' own uncertainty.
+    spread = np.array([np.mean(statistics.layers[layer].ratio_std, axis=0) for layer in layers])
+    colours = [ramp(layer / max(1, profile.model.layers - 1)) for layer in layers]
+    with drawing():
+        plot = new_plot(width, 340 if width > NARROW else 560)
+        left, right = plot.subplots(*((1, 2) if width > NARROW else (2, 1)))
+        for line, band, colour in zip(mean, spread, colours, strict=True):
+            left.fill_between(thresholds, line - band, line + band, color=colour, alpha=0.12, linewidth=0)
+            left.plot(thresholds, line, color=colour, linewidth=1.2)
+        left.axvline(thresholds[at], color=MUTED, linestyle=":", linewidth=1)
+        _mark(left, thresholds[at], f"ε = {thresholds[at]:g}")
+        flat = np.flatnonzero((mean - mean[:, :1] < 0.01).all(axis=0))
+        left.set_xlim(max(0.0, thresholds[flat[-1]]) if len(flat) else 0.0, 1)
+        left.set_ylim(0, 1.02)
+        left.set_xlabel("threshold ε (cosine)")
+        left.set_ylabel("slots kept / tokens")
+        for layer, line, band, colour in zip(layers, mean[:, at], spread[:, at], colours, strict=True):
+            right.errorbar(layer, line, band, fmt="o", color=colour, markersize=5, linewidth=1.6)
+        right.set_ylim(0, 1.02)
+        right.set_xlim(-0.8, profile.model.layers - 0.2)
+        right.set_xlabel("layer")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right.set_title(f"at ε = {thresholds[at]:g}", loc="left", color=MUTED)
+        right.grid(axis="y")
+        if width > NARROW:
+            right.set_yticklabels([])
+        else:
+            right.set_ylabel("slots kept / tokens")
+    return plot
+
+
+def distance_curves(profile: Profile, arrays: Arrays, chosen: Sequence[tuple[int, int]], width: int) -> Plot:
+    """Mean key similarity against distance in tokens: the chosen heads, over the band in which all heads lie."""
+    distances, similarity = arrays["distances"].astype(np.int64), arrays["similarity_by_distance"].astype(np.float64)
+    # Beyond, a distance is the mean of few pairs, all with the text's first tokens.
+    shown = distances <= 0.9 * distances.max()
+    distances, similarity = distances[shown], similarity[..., shown]
+    every = similarity[seen_layers(profile)].reshape(-1, len(distances))
+    low, middle, high = np.percentile(every, (5, 50, 95), axis=0)
+    with drawing():
+        plot = new_plot(width, 330)
+        axis = plot.subplots()
+        axis.grid(axis="y")
+        axis.fill_between(distances, low, high, color=RULE, alpha=0.35, linewidth=0, label="90% of all heads")
+        axis.plot(distances, middle, "--", color=INK, linewidth=1.2, label="median of all heads")
+        for layer, head in chosen:
+            colour = ramp(layer / max(1, profile.model.layers - 1))
+            axis.plot(
+                distances, similarity[layer, head], color=colour, linewidth=1.5, label=f"layer {layer}, head {head}"
+            )
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_xlim(distances[0], distances[-1])
+        axis.set_xlabel("distance in tokens")
+        axis.set_ylabel("mean cosine of keys")
+        _legend(plot, axis, width)
+    return plot
+
+
+def _damages(row: Cost) -> tuple[float | None, float | None]:
+    return row.damage, row.uniform
+
+
+def _legend(plot: Plot, axis: Axes, width: int) -> None:
+    """Beside the curves where there is room, below them on a narrow page."""
+    handles, labels = axis.get_legend_handles_labels()
+    if width > NARROW:
+        plot.legend(handles, labels, loc="outside right upper")
+    else:
+        plot.legend(handles, labels, loc="outside lower left", ncols=2 if max(map(len, labels)) < 25 else 1)
+
+
+def _mark(axis: Axes, place: float, text: str) -> None:
+    """A text above the axes, where no curve runs."""
+    axis.text(place, 1.01, text, transform=axis.get_xaxis_transform(), ha="center", va="bottom", color=MUTED)

@@ -1,0 +1,148 @@
+"""The plan as maps of layers and heads: slots kept, and the policy or the threshold of every head."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import seaborn as sns
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
+
+from kvprofile.profile import HeadPlan, Profile
+from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot
+
+Colour = tuple[float, ...]
+
+LEFT, TOP, BELOW = 44, 4, 38  # pixels around a map: labels on the left and below it
+BAR = 52  # pixels for a colour bar, its ticks and its label
+LEGEND_ROW = 18
+
+
+def slots_map(profile: Profile, width: int) -> Plot:
+    """Share of the tokens that keep a slot in every head."""
+    shares = _grid(profile, lambda head: head.share)
+    return _scale_map(shares, width, "share of tokens that keep a slot", "cividis")
+
+
+def thresholds_map(profile: Profile, width: int) -> Plot:
+    """Threshold epsilon of every head, where every head goes by one policy."""
+    epsilon = _grid(profile, lambda head: 1.0 if head.epsilon is None else head.epsilon)
+    return _scale_map(epsilon, width, "threshold ε (1: nothing merges)", "viridis")
+
+
+def policies_map(profile: Profile, width: int, names: Sequence[str]) -> Plot:
+    """Policy of every head, as a colour and a letter; `names` get theirs in this order."""
+    names = list(names)
+    chosen = _grid(profile, lambda head: float(names.index(head.policy)))
+    colours = policy_colours(len(names))
+    used = Counter(head.policy for layer in profile.plan.layers for head in layer.heads)
+    columns = 5 if width > NARROW else 2
+    with drawing():
+        plot, axis, cell = _frame(chosen.shape, width, LEGEND_ROW * -(-len(used) // columns) + 8)
+        for place, index in np.ndenumerate(chosen):
+            shown = None if np.isnan(index) else (colours[int(index)], letter(int(index)))
+            _cell(axis, place, shown, width, size=min(10, min(cell) - 2))
+        handles = [
+            Patch(color=colours[index], label=f"{letter(index)}  {name} ({used[name]})")
+            for index, name in enumerate(names)
+            if used[name]
+        ]
+        plot.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=((LEFT - 6) / width, 0),
+            ncols=columns,
+            handlelength=1,
+            borderpad=0,
+            columnspacing=1.2,
+        )
+    return plot
+
+
+def policy_names(profiles: Sequence[Profile]) -> list[str]:
+    """Every policy that a head of these profiles follows, the most frequent first."""
+    counts = Counter(head.policy for profile in profiles for layer in profile.plan.layers for head in layer.heads)
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def policy_colours(count: int) -> list[Colour]:
+    """Colours that stay apart for colour-blind eyes; past the tenth they come lighter, then darker, told apart by letters."""
+    base = [to_rgb(colour) for colour in sns.color_palette("colorblind", 10)]
+    lighter = [tuple(0.45 * part + 0.55 for part in colour) for colour in base]
+    darker = [tuple(0.55 * part for part in colour) for colour in base]
+    cycle = [*base, *lighter, *darker]
+    return [cycle[index % len(cycle)] for index in range(count)]
+
+
+def letter(index: int) -> str:
+    """A, B, ... Z, a, b, ..."""
+    return chr(ord("A") + index) if index < 26 else chr(ord("a") + index - 26)
+
+
+def _grid(profile: Profile, value: Callable[[HeadPlan], float]) -> NDArray[np.float64]:
+    """`(layers, kv_heads)`, NaN in the layers that are not merged."""
+    grid = np.full((profile.model.layers, profile.model.kv_heads), np.nan)
+    for layer in profile.plan.layers:
+        grid[layer.layer] = [value(head) for head in layer.heads]
+    return grid
+
+
+def _scale_map(values: NDArray[np.float64], width: int, label: str, scale: str) -> Plot:
+    with drawing():
+        plot, axis, cell = _frame(values.shape, width, BAR)
+        readable = cell[0] >= 24 and cell[1] >= 11
+        for place, value in np.ndenumerate(values):
+            text = f"{value:.2f}".removeprefix("0") if readable else ""
+            colour = tuple(colormaps[scale](float(np.nan_to_num(value))))
+            _cell(axis, place, None if np.isnan(value) else (colour, text), width, size=10)
+        height = plot.get_figheight() * 72
+        length = min(320, width - LEFT)
+        bar = plot.add_axes((LEFT / width, (BAR - 18) / height, length / width, 9 / height))
+        bar.imshow(np.linspace(0, 1, 128)[None], cmap=scale, aspect="auto", extent=(0, 1, 0, 1), interpolation="none")
+        clean(bar)
+        bar.set_yticks([])
+        bar.set_xlabel(label)
+    return plot
+
+
+def _frame(shape: tuple[int, ...], width: int, extra: float) -> tuple[Plot, Axes, tuple[float, float]]:
+    """An empty map with layers across (down, on a narrow page), room below, and the size of a cell in pixels."""
+    across, down = shape if width > NARROW else shape[::-1]
+    # Tall enough to read a number in, and the whole no taller than the page is wide.
+    cell_width = min((width - LEFT - 2) / across, 110)
+    cell_height = max(6.0, min(30 if width > NARROW else 17, max(cell_width, 11), width / down))
+    cell_height = max(cell_height, 52 / down)  # the axis label needs as much
+    height = down * cell_height + TOP + BELOW + extra
+    plot = new_plot(width, height, layout=None)
+    box = (LEFT, BELOW + extra, across * cell_width, down * cell_height)
+    axis = plot.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+    clean(axis)
+    axis.set_xlim(-0.5, across - 0.5)
+    axis.set_ylim(down - 0.5, -0.5)
+    axis.set_xlabel("layer" if width > NARROW else "KV head")
+    axis.set_ylabel("KV head" if width > NARROW else "layer")
+    axis.set_xticks(_ticks(across, cell_width, 18))
+    axis.set_yticks(_ticks(down, cell_height, 11))
+    return plot, axis, (cell_width, cell_height)
+
+
+def _ticks(count: int, cell: float, label: float) -> list[int]:
+    """Every cell, or every second, fifth, ... so that labels of that many pixels do not touch."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50) if step * cell >= label or step == 50)
+    return list(range(0, count, step))
+
+
+def _cell(axis: Axes, place: tuple[int, ...], shown: tuple[Colour, str] | None, width: int, size: float) -> None:
+    """A square with a hair of space around it and a text in it; faint where the layer is not merged."""
+    x, y = place if width > NARROW else place[::-1]
+    colour, text = shown if shown is not None else (to_rgb(FAINT), "")
+    fill = FAINT if shown is None else colour
+    axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=fill, linewidth=0))
+    if text and size >= 6:
+        red, green, blue = colour[:3]
+        # The same in both themes, as the cell is.
+        ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#101418"
+        axis.text(x, y, text, ha="center", va="center_baseline", fontsize=size, color=ink)

@@ -1,0 +1,266 @@
+"""The report as text: everything in it, in order, its numbers those of the profile, and nothing it would have to fetch."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvprofile import load_profile
+from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.report.html import make_subject, read_subject, report_html, write_report
+from tests.unit.builders import build_profile
+from tests.unit.conftest import run
+
+PROFILES = Path(__file__).parents[2] / "profiles"
+REAL = ["smollm2-135m", "gemma3-270m"]
+SECTIONS = ["what", "verdict", "plan", "damage", "similarity", "ratios", "distance", "heads", "budgets"]
+FIGURES = ["slots", "policies", "damage", "similarity", "wall", "ratios", "distance"]
+
+
+class Page(HTMLParser):
+    """Sections, figures, text, tables and every address of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sections, self.figures, self.addresses, self.tables = [], [], [], []
+        self.words = {}
+        self.open, self.section = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "section":
+            self.section = attributes["id"]
+            self.sections.append(self.section)
+        elif tag == "figure":
+            self.figures.append(attributes["id"])
+        elif tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self.addresses += [
+            attributes[name] for name in ("href", "src", "srcset", "action", "data") if attributes.get(name)
+        ]
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if {"style", "script"} & set(self.open):
+            return
+        self.words[self.section] = self.words.get(self.section, "") + data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+    def table(self, first_cell):
+        return next(table for table in self.tables if table[0][0] == first_cell)
+
+
+@pytest.fixture(scope="module", params=REAL)
+def real(request):
+    path = PROFILES / f"{request.param}.json"
+    subject = read_subject(path)
+    return path, subject, report_html([subject])
+
+
+def close(text, value):
+    """Printed with two significant digits."""
+    return float(text) == pytest.approx(value, rel=0.051)
+
+
+def test_the_page_asks_for_nothing(real):
+    text = real[2]
+    assert "://" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in Page(text).addresses)
+    assert not re.search(r"@import|url\((?!#)|//[a-z]+\.", re.sub(r"base64,[^\"]*", "", text))
+    assert len(text.encode()) < 3_000_000
+
+
+def test_sections_and_figures_come_in_order(real):
+    page = Page(real[2])
+    assert page.sections == SECTIONS
+    assert page.figures == [f"figure-0-{name}" for name in FIGURES]
+
+
+def test_what_and_when(real):
+    values = json.loads(real[0].read_text())
+    words = Page(real[2]).words["what"]
+    created, model = values["created"], values["model"]
+    told = [created["command"], created["torch"], created["transformers"], created["kvprofile"], created["time"][:10]]
+    told += [model["name"], model["source"], model["architecture"], values["calibration"]["text"], "budget 0.5"]
+    for part in told:
+        assert part in words
+
+
+def test_the_verdict_tells_what_the_check_measured(real):
+    values = json.loads(real[0].read_text())
+    check, words = values["check"], Page(real[2]).words["verdict"]
+    own, even = check["exact"], check["uniform"]
+    assert (
+        f"Keeps {100 * own['achieved']['mean']:.1f}% of the KV slots (asked {100 * values['plan']['budget']:.1f}%)"
+        in words
+    )
+    assert f"{100 * check['bytes_ratio']:.1f}% of the bytes" in words
+    moved = re.search(r"move by KL (\S+) \(recall\) and (\S+) \(continuation\)", words)
+    assert close(moved[1], own["fidelity"]["recall_kl"])
+    assert close(moved[2], own["fidelity"]["continuation_kl"])
+    assert f"{100 * own['fidelity']['recall_top1']:.1f}% (recall)" in words
+    times = re.search(r"(\S+) times as far", words)
+    totals = [mode["fidelity"]["recall_kl"] + mode["fidelity"]["continuation_kl"] for mode in (even, own)]
+    assert close(times[1], totals[0] / totals[1])
+    rows = {row[0]: row[1:] for row in Page(real[2]).table("")}
+    assert rows["same top token, recall"] == [f"{100 * mode['fidelity']['recall_top1']:.1f}%" for mode in (own, even)]
+
+
+def test_the_heads_are_ranked_by_their_cheapest_damage_at_the_budget(real):
+    path, subject, text = real
+    values = json.loads(path.read_text())
+    measured, budget = values["statistics"]["damage"], values["plan"]["budget"]
+    layers = [layer["layer"] for layer in values["plan"]["layers"]]
+    damage = subject.arrays["damage_mean"].astype(np.float64)
+    costs = {}
+    for row, layer in enumerate(layers):
+        for head in range(values["model"]["kv_heads"]):
+            at = measured["budgets"].index(budget)
+            costs[layer, head] = min(damage[row, policy, head, at].sum() for policy in range(len(measured["policies"])))
+    order = sorted(costs, key=lambda place: costs[place])
+    tables = [table for table in Page(text).tables if table[0][:3] == ["layer", "head", "damage"]]
+    listed = [[(int(row[0]), int(row[1])) for row in table[1:]] for table in tables]
+    assert listed == ([order] if len(order) <= 20 else [order[:10], order[:-11:-1]])
+    shares = {
+        (layer["layer"], head): entry for layer in values["plan"]["layers"] for head, entry in enumerate(layer["heads"])
+    }
+    for table in tables:
+        for row in table[1:]:
+            place = int(row[0]), int(row[1])
+            assert close(row[2], costs[place])
+            assert row[-2:] == [f"{100 * shares[place]['share']:.1f}%", shares[place]["policy"]]
+
+
+def test_other_budgets_cost_what_the_plan_command_says(real, tmp_path):
+    path, _, text = real
+    values = json.loads(path.read_text())
+    rows = {row[0]: row for row in Page(text).table("budget")[1:]}
+    own = values["plan"]["predicted_damage"]
+    assert close(rows["0.5"][1], own)
+    result = run("plan", path, "--budget", "0.25", "-o", tmp_path / "quarter.json", "--json")
+    predicted = json.loads(result.stdout)["plan"]["predicted_damage"]
+    assert close(rows["0.25"][1], predicted)
+    assert close(rows["0.25"][2].removesuffix("×"), predicted / own)
+    model, slots = values["model"], 0.25 * values["calibration"]["measured"]["tokens"]
+    nbytes = slots * len(values["plan"]["layers"]) * model["kv_heads"] * model["head_dim"] * 2 * 4
+    assert rows["0.25"][4] == f"{nbytes / 2**20:.1f}\N{NO-BREAK SPACE}MiB"
+
+
+def test_persistence_is_told(real):
+    values = json.loads(real[0].read_text())
+    table = Page(real[2]).table("standard deviation of the ratio")
+    first = values["statistics"]["persistence"][0]
+    rows = {row[0]: row[1] for row in table[1:]}
+    assert close(rows["between layers"], first["between_layers"])
+    assert close(rows["a layer, between samples of one kind"], first["between_samples"])
+
+
+@pytest.fixture(scope="module")
+def both():
+    subjects = [read_subject(PROFILES / f"{name}.json") for name in REAL]
+    return subjects, report_html(subjects)
+
+
+def test_two_profiles_side_by_side(both):
+    subjects, text = both
+    page = Page(text)
+    assert page.sections == SECTIONS
+    assert page.figures == [f"figure-{side}-{name}" for name in FIGURES for side in (0, 1)]
+    for name in REAL:
+        assert f"{name} from pypi:" in page.words["what"]
+    with pytest.raises(UsageError, match="one profile or two"):
+        report_html([*subjects, subjects[0]])
+
+
+def test_ids_are_unique(real, both):
+    for text in (real[2], both[1]):
+        ids = re.findall(r'\sid="([^"]+)"', text)
+        assert len(ids) == len(set(ids))
+        assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
+
+
+def test_the_json_alone_still_gives_a_report_that_says_what_it_lacks(tmp_path):
+    path = shutil.copy(PROFILES / "gemma3-270m.json", tmp_path)
+    page = Page(report_html([read_subject(Path(path))]))
+    assert "gemma3-270m.safetensors is not beside the profile" in page.words["what"]
+    assert page.sections == SECTIONS
+    assert page.figures == [f"figure-0-{name}" for name in ("slots", "policies", "ratios")]
+    assert "cannot be priced" in page.words["budgets"]
+
+
+def test_arrays_of_another_profile_are_refused(tmp_path):
+    shutil.copy(PROFILES / "gemma3-270m.json", tmp_path)
+    shutil.copy(PROFILES / "smollm2-135m.safetensors", tmp_path / "gemma3-270m.safetensors")
+    with pytest.raises(KVProfileError, match="SHA-256"):
+        read_subject(tmp_path / "gemma3-270m.json")
+
+
+def test_nothing_measured_is_a_dash_or_a_sentence():
+    profile = build_profile(check=None)
+    profile = profile.model_copy(update={"statistics": profile.statistics.model_copy(update={"persistence": []})})
+    text = report_html([make_subject("tiny", profile, None)])
+    page = Page(text)
+    assert "not checked on held-out text" in page.words["verdict"]
+    assert "no persistence table" in page.words["ratios"]
+    assert "names no arrays file" in page.words["what"]
+    for word in ("nan", "None", "inf"):
+        assert not re.search(rf"\b{word}\b", " ".join(page.words.values()))
+
+
+def test_a_plan_that_is_the_uniform_one_is_not_set_against_itself():
+    page = Page(report_html([make_subject("tiny", build_profile(), None)]))
+    assert "every head has the same share" in page.words["verdict"]
+    assert "times as far" not in page.words["verdict"]
+
+
+def test_names_are_text_not_markup():
+    name = """<script>alert("1")</script>&'$x^2$"""
+    profile = build_profile(name=name, command=f"kvprofile calibrate '{name}'", policy=name)
+    text = report_html([make_subject(name, profile, None)])
+    assert text.count("<script>") == 1
+    assert Page(text).words["what"].count(name) >= 2
+    assert not [address for address in Page(text).addresses if "alert" in address]
+
+
+def test_a_report_is_not_overwritten_unasked(tmp_path):
+    subject = make_subject("tiny", build_profile(), None)
+    path = tmp_path / "report.html"
+    assert write_report([subject], path) == path
+    before = path.read_bytes()
+    with pytest.raises(KVProfileError, match="--force"):
+        write_report([subject], path)
+    write_report([subject], path, force=True)
+    assert path.read_bytes() == before
+
+
+def test_the_commands_write_it(tiny_profile, tiny_folder, tiny_text_file, tmp_path):
+    page, figures = tmp_path / "page.html", tmp_path / "figures"
+    result = run("report", tiny_profile, "-o", page, "--figures", figures, "--layers", "0,1", "--heads", "1")
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {page}" in result.stderr
+    drawn = [place.removeprefix("figure-0-") for place in Page(page.read_text()).figures]
+    assert {path.name for path in figures.iterdir()} == {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    assert set(FIGURES) - set(drawn) <= {"policies"}
+    assert run("report", tiny_profile, "-o", page).exit_code == 1
+    assert run("report", tiny_profile, "--layers", "0,9", "-o", tmp_path / "q.html").exit_code == 2
+    assert run("report", tiny_profile, "--heads", "one", "-o", tmp_path / "q.html").exit_code == 2
+    path = tmp_path / "p.json"
+    size = ("--data", tiny_text_file, "--tokens", 256, "--samples", 2, "--held-out", 1)
+    result = run("calibrate", tiny_folder, "-o", path, "--report", *size)
+    assert result.exit_code == 0, result.output
+    assert Page((tmp_path / "p.html").read_text()).sections == SECTIONS
+    assert load_profile(path).created.command in Page((tmp_path / "p.html").read_text()).words["what"]
