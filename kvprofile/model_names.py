@@ -65,9 +65,14 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The source as profiles record it; of a path only the last part, so that no profile tells a home folder."""
-        shown = self.location if self.kind in ("hub", "wheel") else Path(self.location).name
+        """The source as profiles record it."""
+        shown = self.location if self.kind in ("hub", "wheel") else self.short_name
         return f"{'pypi' if self.kind == 'wheel' else self.kind}:{shown}"
+
+    @property
+    def short_name(self) -> str:
+        """The model's name as profiles record it; of a path only the last part, so that no profile tells a home folder."""
+        return self.name if self.kind in ("hub", "wheel") else Path(self.location).name
 
 
 def known_models() -> list[Alias]:

@@ -33,6 +33,7 @@ _log_quietly = logging.getLogger(__name__).info
 class LoadedModel:
     """A model ready to be observed: in eval mode, without gradients, with its tokenizer and its origin.
 
+    `name` and `source` are what profiles record: of a path only the last part.
     `revision` is the resolved commit on the hub, or the first 12 digits of a GGUF file's SHA-256; None for a folder.
     """
 
@@ -110,7 +111,7 @@ def load_model(
             )
         if target is not None:
             model = model.to(target)
-    return LoadedModel(model.eval().requires_grad_(False), tokenizer, name, source.label, found_revision)
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, source.short_name, source.label, found_revision)
 
 
 def choose_placement(

@@ -1,21 +1,29 @@
 """What the command line prints: tables and verdicts for people on stderr or stdout, JSON where asked."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvprofile.profile import Check, HeadPlan, Profile
 
 if TYPE_CHECKING:
+    from kvprofile.doctor import Examination
+    from kvprofile.estimate import Estimate
     from kvprofile.generate import Generation
     from kvprofile.model_names import Alias
 
 BAR = 20
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+LEVELS = "▁▂▃▄▅▆▇█"
+FEW_HEADS = 4
+PLAIN_WIDTH = 120  # columns where the output is no terminal, whose width could be asked
 
 
 def as_json(profile: Profile) -> str:
@@ -32,26 +40,29 @@ def generation_as_json(generation: "Generation") -> str:
 
 def show(profile: Profile) -> None:
     """Print the plan by layer with bars, the check and the persistence to stdout."""
-    console = Console()
+    console = _console()
     plan, facts = profile.plan, profile.model
     console.print(
-        f"[bold]{facts.name}[/] ({facts.architecture}, {facts.layers} layers x {facts.kv_heads} KV heads), "
+        f"[bold]{escape(facts.name)}[/] ({facts.architecture}, {facts.layers} layers x {facts.kv_heads} KV heads), "
         f"budget {plan.budget:g}, "
-        f"{plan.mode} mode, policy {plan.policy}, shares by {plan.shares} for every {plan.granularity}"
+        f"{plan.mode} mode, policy {plan.policy}, shares by {plan.rule} for every {plan.granularity}"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("", min_width=BAR, no_wrap=True)
-    table.add_column("heads", overflow="fold")
+    table.add_column("slots kept", justify="right")
+    table.add_column("", min_width=BAR, no_wrap=True, style="cyan")
+    if few := facts.kv_heads <= FEW_HEADS:
+        for head in range(facts.kv_heads):
+            table.add_column(f"head {head}", no_wrap=True)
+    else:
+        table.add_column("each head", no_wrap=True, style="cyan")
+        table.add_column("policies")
     for layer in plan.layers:
-        table.add_row(
-            str(layer.layer),
-            f"{layer.share:.3f}",
-            "█" * round(layer.share * BAR) or "▏",
-            _heads(layer.heads, plan.mode),
-        )
+        cells = [_head(head, plan.mode) for head in layer.heads] if few else _heads(layer.heads)
+        table.add_row(str(layer.layer), f"{layer.share:.1%}", bar(layer.share), *cells)
     console.print(table)
+    if stock := facts.layers - len(plan.layers):
+        console.print(f"{stock} other layers (sliding or linear attention) keep their stock cache.")
     console.print(_verdict(profile))
     if profile.statistics.persistence:
         console.print(_persistence(profile))
@@ -60,6 +71,47 @@ def show(profile: Profile) -> None:
 def verdict(profile: Profile) -> None:
     """Print the check's figures in a sentence or two to stderr."""
     Console(stderr=True, soft_wrap=True).print(_verdict(profile))
+
+
+def estimate(model: str, told: "Estimate", as_json: bool) -> None:
+    """Print what a calibration would cost to stdout."""
+    total = sum(told.memory.values())
+    if as_json:
+        print(json.dumps({"model": model, **asdict(told), "seconds": told.seconds, "memory_total": total}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("model", f"{model}, {told.parameters / 1e6:,.0f}M parameters, {told.dtype} on {told.device}")
+    table.add_row("text", f"{told.tokens:,} tokens")
+    table.add_row(
+        "time",
+        f"about {_duration(told.seconds)}: measuring {_duration(told.measure_seconds)}, check "
+        f"{_duration(told.check_seconds)} (within a factor of two; loading and fetching the model not counted)",
+    )
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in told.memory.items())
+    table.add_row("memory", f"about {total / 2**30:.1f} GiB: {parts}")
+    Console(soft_wrap=True).print(table)
+
+
+def doctor(found: "Examination", as_json: bool) -> None:
+    """Print versions, devices, caches, what is reachable and the problems to stdout."""
+    if as_json:
+        print(json.dumps(asdict(found), indent=1, default=str))
+        return
+    console = _console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, text in {**found.versions, **found.devices}.items():
+        table.add_row(name, escape(text))
+    for name, cache in found.caches.items():
+        table.add_row(name, escape(f"{cache.folder}: {_size(cache.size)}, {_size(cache.free)} free on its disk"))
+        for model, size in cache.models.items():
+            table.add_row("", escape(f"{model}: {_size(size)}"))
+    for name, answer in found.reachable.items():
+        table.add_row(f"{name} reachable", escape(answer))
+    console.print(table)
+    if not found.problems:
+        console.print("No problems found.")
+    for problem in found.problems:
+        console.print(f"[bold red]Problem:[/] {escape(problem)}")
 
 
 def models(aliases: Sequence["Alias"], as_json: bool) -> None:
@@ -123,13 +175,37 @@ def _persistence(profile: Profile) -> Table:
     return table
 
 
-def _heads(heads: Sequence[HeadPlan], mode: str) -> str:
-    """What each head does, or, where there are many, how many follow which policy."""
-    if len(heads) > 4:
-        counts = Counter(head.policy for head in heads)
-        shares = [head.share for head in heads]
-        parts = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        return f"{min(shares):.2f}-{max(shares):.2f}: {parts}"
+def bar(share: float, width: int = BAR) -> str:
+    """A bar of `width` cells for a share of 1, to an eighth of a cell."""
+    eighths = max(1, round(share * width * 8))
+    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _head(head: HeadPlan, mode: str) -> str:
+    """One head's share as a level and a number, and its policy; in threshold mode the threshold instead of the share."""
+    level = LEVELS[min(len(LEVELS) - 1, int(head.share * len(LEVELS)))]
     if mode == "threshold":
-        return ", ".join(f"{head.policy} {'-' if head.epsilon is None else f'{head.epsilon:.3f}'}" for head in heads)
-    return ", ".join(f"{head.share:.2f} {head.policy}" for head in heads)
+        return f"{level} {'-' if head.epsilon is None else f'{head.epsilon:.3f}'} {head.policy}"
+    return f"{level} {head.share:.2f} {head.policy}"
+
+
+def _heads(heads: Sequence[HeadPlan]) -> tuple[str, str]:
+    """Where there are many: a level for each head, and how many follow which policy."""
+    levels = "".join(LEVELS[min(len(LEVELS) - 1, int(head.share * len(LEVELS)))] for head in heads)
+    counts = Counter(head.policy for head in heads)
+    return levels, ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PLAIN_WIDTH)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

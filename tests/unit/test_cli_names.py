@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from typing import get_args
 
 import pytest
 
-from kvprofile import cli, cli_options, plans, solve
+from kvprofile import cli, plans, solve
+from kvprofile.cli import options
 from kvprofile.merging.policies import POLICIES
+from kvprofile.probes import ProbeMix
 from kvprofile.profile import Plan
 from kvprofile.runtime import settings
 
@@ -16,20 +19,20 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "
 
 
 def test_every_policy_has_its_name_on_the_command_line():
-    assert (plans.AUTO, *POLICIES) == cli_options.POLICY_NAMES
+    assert (plans.AUTO, *POLICIES) == options.POLICY_NAMES
 
 
 def test_every_way_to_spend_a_budget_has_its_flag():
     known = {
-        "shares": plans.SHARES,
+        "rule": plans.RULES,
         "objective": tuple(plans.OBJECTIVES),
         "granularity": solve.GRANULARITIES,
         "mode": plans.MODES,
     }
-    assert {name: set(choices) for name, (choices, _) in cli_options.PLAN_FLAGS.items()} == {
+    assert {name: set(choices) for name, (choices, _) in options.PLAN_FLAGS.items()} == {
         name: set(values) for name, values in known.items()
     }
-    for name, (choices, text) in cli_options.PLAN_FLAGS.items():
+    for name, (choices, text) in options.PLAN_FLAGS.items():
         assert len(set(choices)) == len(choices)
         assert text.endswith(".")
         # What can be asked for can be written down.
@@ -67,3 +70,8 @@ def test_help_loads_nothing_heavy(arguments):
     assert "click" in names
     assert not names & (HEAVY | {"numpy"})
     assert "kvprofile" in text or "Usage:" in text
+
+
+def test_the_probes_named_in_the_help_are_the_defaults():
+    shown = ",".join(f"{field.name}={field.default}" for field in fields(ProbeMix))
+    assert shown in str(cli.main.commands["calibrate"].help)

@@ -155,7 +155,7 @@ def test_a_folder_gives_the_model_that_was_saved(tiny):
     folder, saved = tiny
     lines = []
     loaded = load_model(str(folder), device="cpu", log=lines.append)
-    assert (loaded.name, loaded.source, loaded.revision) == (str(folder), "folder:tiny-llama", None)
+    assert (loaded.name, loaded.source, loaded.revision) == ("tiny-llama", "folder:tiny-llama", None)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.model.dtype == torch.float32

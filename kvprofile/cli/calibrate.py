@@ -1,0 +1,219 @@
+"""`kvprofile calibrate`: measure a model, solve, check, write a profile."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvprofile.cli.common import check_loudness, check_writable, load, log_of, peak_memory, say, track_of
+from kvprofile.cli.options import (
+    POLICY_NAMES,
+    budget_of,
+    model_options,
+    plan_choices,
+    plan_options,
+    speech_options,
+)
+from kvprofile.errors import KVProfileError, UsageError
+
+
+@click.command(short_help="Measure MODEL and write its profile.")
+@click.argument("model")
+@click.option(
+    "--budget",
+    type=float,
+    metavar="SHARE",
+    default=0.5,
+    show_default=True,
+    callback=budget_of,
+    help="Share of KV slots to keep, above 0 and at most 1.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The profile to write.  [default: MODEL.json]")
+@click.option("--report", is_flag=True, help="Also write the report, as .html beside the profile.")
+@click.option("--data", default="builtin", show_default=True, metavar="TEXT", help="Calibration text; see above.")
+@click.option("--column", metavar="NAME", help="Column of a .jsonl, .csv, .parquet or hub data set.")
+@click.option(
+    "--samples", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="Samples to measure."
+)
+@click.option(
+    "--held-out",
+    type=click.IntRange(0),
+    metavar="N",
+    default=6,
+    show_default=True,
+    help="Other samples, for the check.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(64), metavar="N", default=2048, show_default=True, help="Tokens of each sample."
+)
+@click.option(
+    "--policy",
+    type=click.Choice(POLICY_NAMES),
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="How tokens give up their slots: auto lets every head choose; the names are in docs/policies.md.",
+)
+@plan_options
+@click.option(
+    "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the samples' places and the probes."
+)
+@click.option(
+    "--probes", metavar="MIX", default="", help="What is read from the merged cache, such as lookups=8; see above."
+)
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan and the check as JSON on stdout.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted or killed.")
+@click.option("--dry-run", is_flag=True, help="Only tell tokens, time and memory it would take; loads no weights.")
+@speech_options
+@model_options
+def calibrate(
+    model: str,
+    budget: float,
+    output: Path | None,
+    report: bool,
+    data: str,
+    column: str | None,
+    samples: int,
+    held_out: int,
+    tokens: int,
+    policy: str,
+    seed: int,
+    probes: str,
+    force: bool,
+    as_json: bool,
+    resume: bool,
+    dry_run: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Measure MODEL, solve for a budget, check the plan and write a profile.
+
+    MODEL is an alias (`kvprofile models`), a local folder, a .gguf file or a hub id.
+
+    \b
+    --data takes:
+      builtin                  prose and code that ship with Python, and generated encyclopedia entries
+      FILE or FOLDER           .txt .md .py .jsonl .json .csv .parquet
+      synthwiki:FILE           the SynthWiki csv
+      longbench:TASK[:FOLDER]  a LongBench task
+      ORG/NAME                 a hub data set
+
+    \b
+    --probes takes any of these, with the numbers they have otherwise:
+      passages=16,passage_tokens=20,continuation_tokens=64,facts=0,lookups=0
+
+    \b
+    Examples:
+      kvprofile calibrate smollm2-135m --budget 0.5 -o profile.json --report
+      kvprofile calibrate ./my-llama --data corpus.jsonl --column text --samples 32 --tokens 4096
+      kvprofile calibrate ./my-llama --tokens 4096 --dry-run
+
+    The statistics are kept after every sample in PROFILE.partial.safetensors, from which --resume goes on;
+    the file is removed when the profile is written.
+    """
+    check_loudness(quiet, verbose)
+    choices = plan_choices(options)
+    if dry_run:
+        size = {"samples": samples, "held_out": held_out, "tokens": tokens}
+        _estimate(model, options, policy, choices, probes, as_json, size)
+        return
+    from kvprofile.model_names import resolve
+
+    resolve(model, options["revision"])  # a wrong name is told before the text is read
+    output = output or Path(f"{Path(os.path.abspath(model)).name.removesuffix('.gguf')}.json")
+    if output.suffix == ".safetensors":
+        raise UsageError(f"-o {output} is the name the arrays would get; give the profile a name that ends in .json")
+    page = output.with_suffix(".html")
+    for file in (output, output.with_suffix(".safetensors"), *((page,) if report else ())):
+        check_writable(file, force)
+    from kvprofile.resume import checkpoint_path, samples_done
+
+    checkpoint = checkpoint_path(output)
+    if checkpoint.exists() and not (resume or force):
+        raise KVProfileError(
+            f"{checkpoint} is left from an interrupted run; give --resume to go on with it, or --force to begin anew"
+        )
+    from kvprofile import terminal
+    from kvprofile.calibration import calibrate as run
+    from kvprofile.probes import ProbeMix
+    from kvprofile.samples import load_documents, make_samples
+    from kvprofile.storage import save_profile
+
+    mix = ProbeMix.parse(probes)
+    log, detail = log_of(quiet), log_of(not verbose)
+    documents = load_documents(data, column=column, seed=seed)
+    loaded = load(model, options, log, verbose=verbose)
+    blocks = make_samples(
+        documents, loaded.tokenizer, samples=samples, tokens=tokens, held_out=held_out, continuation=256, seed=seed
+    )
+    detail(f"text: {blocks.description}")
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    elif done := samples_done(checkpoint):
+        log(f"going on after {done} of {samples} samples")
+    else:
+        log(f"nothing to resume: no {checkpoint}; beginning with the first sample")
+    try:
+        profile, arrays = run(
+            loaded,
+            blocks,
+            budget=budget,
+            policy=policy,
+            mix=mix,
+            seed=seed,
+            command=shlex.join(["kvprofile", *sys.argv[1:]]),
+            checkpoint=checkpoint,
+            track=track_of(quiet),
+            warn=lambda message: say(f"Warning: {message}"),
+            **choices,
+        )
+    except KeyboardInterrupt:
+        if not (done := samples_done(checkpoint)):
+            raise
+        raise KeyboardInterrupt(
+            f"Interrupted with {done} of {samples} samples measured; the same command with --resume goes on from there."
+        ) from None
+    detail(f"measured, solved and checked in {profile.created.seconds:.0f} s, peak memory {peak_memory()}")
+    profile, written = save_profile(profile, arrays, output, force=force)
+    checkpoint.unlink(missing_ok=True)
+    if report:
+        from kvprofile.report.html import make_subject, write_report
+
+        written.append(write_report([make_subject(output.stem, profile, arrays)], page, force=force))
+    if as_json:
+        click.echo(terminal.as_json(profile))
+    if not quiet:
+        terminal.verdict(profile)
+        for path in written:
+            click.echo(f"Wrote {path}", err=True)
+
+
+def _estimate(
+    model: str,
+    options: dict[str, Any],
+    policy: str,
+    choices: dict[str, Any],
+    probes: str,
+    as_json: bool,
+    size: dict[str, Any],
+) -> None:
+    """Print what the run would cost, from the model's configuration alone."""
+    from kvprofile import terminal
+    from kvprofile.calibration import candidates_for
+    from kvprofile.estimate import estimate
+    from kvprofile.models import load_config
+    from kvprofile.probes import ProbeMix
+
+    mix = ProbeMix.parse(probes)
+    if options["device_map"] is not None:
+        raise UsageError("--dry-run estimates for one device; leave --device-map out")
+    config = load_config(model, options["revision"], log=say)
+    candidates = candidates_for(policy, choices.get("rule"))
+    placed = {"device": options["device"], "dtype": options["dtype"]}
+    told = estimate(config, candidates=candidates, mix=mix, **placed, **size)
+    terminal.estimate(model, told, as_json)

@@ -1,0 +1,74 @@
+"""What several commands do: load a model, speak on stderr, show progress, check the output's place."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kvprofile.errors import KVProfileError, UsageError
+
+if TYPE_CHECKING:
+    from kvprofile.models import LoadedModel
+    from kvprofile.tracking import Track
+
+T = TypeVar("T")
+
+
+def say(message: str) -> None:
+    """Print a message for people: on stderr, so that stdout stays clean for results."""
+    click.echo(message, err=True)
+
+
+def log_of(quiet: bool) -> Callable[[str], None]:
+    """`say`, or with --quiet nothing."""
+    return (lambda _message: None) if quiet else say
+
+
+def check_loudness(quiet: bool, verbose: bool) -> None:
+    """Refuse --quiet and --verbose together."""
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose contradict each other; give one of them")
+
+
+def load(model: str, options: dict[str, Any], log: Callable[[str], None], *, verbose: bool = False) -> "LoadedModel":
+    """Load a model as the `model_options` say; transformers' warnings are shown if `verbose`."""
+    import transformers
+
+    from kvprofile.models import load_model
+
+    (transformers.logging.set_verbosity_warning if verbose else transformers.logging.set_verbosity_error)()
+    return load_model(model, **options, log=log)
+
+
+def peak_memory() -> str:
+    """The most memory this process has held, for people."""
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        return "unknown"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 2**30:.1f} GiB"
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Find out before the work, not after it, that the result cannot be written."""
+    from kvprofile import files
+
+    if path.exists() and not force:
+        raise KVProfileError(f"{path} exists; give --force to replace it, or another -o")
+    if path.is_dir():
+        raise KVProfileError(f"{path} is a folder; give -o a file name")
+    files.check_writable(path)
+
+
+def track_of(quiet: bool) -> "Track":
+    """Progress bars for loops; none with --quiet or where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    def track(items: Sequence[T], label: str) -> Iterable[T]:
+        # disable=None: no bar where stderr is not a terminal.
+        return tqdm(items, desc=label, unit="sample", disable=True if quiet else None)
+
+    return track

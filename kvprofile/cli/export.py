@@ -1,0 +1,31 @@
+"""`kvprofile export`: a profile's plan for another tool."""
+
+from pathlib import Path
+
+import click
+
+from kvprofile.cli.common import check_writable
+
+
+@click.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(("kvpress",)), required=True, help="The tool.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def export(profile: Path, target: str, output: Path, force: bool) -> None:
+    """Write the plan of a PROFILE for another tool.
+
+    kvpress takes one number per layer, the fraction of tokens removed: shares are averaged over a layer's heads, and
+    policies, thresholds and biases stay behind (docs/kvpress.md).
+
+    \b
+    Example:
+      kvprofile export profile.json --to kvpress -o ratios.json
+    """
+    from kvprofile.export import FORMATS
+    from kvprofile.files import atomic_write
+    from kvprofile.storage import load_profile
+
+    check_writable(output, force)
+    atomic_write(output, FORMATS[target](load_profile(profile)))
+    click.echo(f"Wrote {output}", err=True)

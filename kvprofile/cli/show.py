@@ -1,0 +1,25 @@
+"""`kvprofile show`: what a profile says."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Print what a PROFILE says.")
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print model, plan, check and persistence as JSON.")
+def show(profile: Path, as_json: bool) -> None:
+    """Print what a PROFILE says: the plan by layer, the check, the persistence.
+
+    \b
+    Example:
+      kvprofile show profile.json
+    """
+    from kvprofile import terminal
+    from kvprofile.storage import load_profile
+
+    loaded = load_profile(profile)
+    if as_json:
+        click.echo(terminal.as_json(loaded))
+    else:
+        terminal.show(loaded)

@@ -1,0 +1,36 @@
+"""`kvprofile validate`: whether a profile is sound and fits a model."""
+
+from pathlib import Path
+
+import click
+
+from kvprofile.cli.common import say
+
+
+@click.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="Also check that it fits this model: an alias, folder, file or hub id.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+def validate(profile: Path, model: str | None, revision: str | None) -> None:
+    """Check that a PROFILE is sound and fits a model. Exit code 3 if it does not.
+
+    The JSON must follow the schema, and the arrays beside it must be those it was saved with. Of the model only the
+    configuration is read.
+
+    \b
+    Examples:
+      kvprofile validate profile.json
+      kvprofile validate profile.json --model smollm2-135m
+    """
+    from kvprofile.fingerprint import model_facts
+    from kvprofile.models import load_config
+    from kvprofile.storage import load_arrays, load_profile
+
+    loaded = load_profile(profile)
+    if loaded.statistics.arrays is not None:
+        load_arrays(loaded, profile)
+    if model is None:
+        click.echo(f"{profile} is valid")
+        return
+    loaded.check_model(model_facts(load_config(model, revision, log=say)))
+    click.echo(f"{profile} is valid and fits {model}")
