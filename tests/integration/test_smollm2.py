@@ -88,7 +88,7 @@ def test_thresholds_keep_the_budget_on_the_text_they_were_measured_on(smollm2):
     documents = kvprofile.load_documents("builtin")
     samples = kvprofile.make_samples(documents, smollm2.tokenizer, samples=3, tokens=512, held_out=0, continuation=64)
     twice = type(samples)(samples.calibration, samples.calibration, samples.description, samples.digest)
-    profile, _ = kvprofile.calibrate(smollm2, twice, budget=0.5, policy="gauss", shares="uniform", mode="threshold")
+    profile, _ = kvprofile.calibrate(smollm2, twice, budget=0.5, policy="gauss", rule="uniform", mode="threshold")
     # Curves are interpolated between thresholds; nothing else stands between the plan and the slots.
     assert profile.check.threshold.achieved.mean == pytest.approx(0.5, abs=0.004)
     assert profile.check.exact.achieved.mean == pytest.approx(0.5, abs=1e-3)

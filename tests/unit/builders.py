@@ -1,26 +1,37 @@
 """Small inputs for tests: random tokens, and profiles of a model with two layers of two KV heads."""
 
+from dataclasses import replace
+
 import torch
 
-from kvprofile.merging.affinity import WINDOWS, Tokens
 from kvprofile.merging.policies import Policy
+from kvprofile.merging.tokens import Tokens, newest_queries
 from kvprofile.profile import PolicyFacts, Profile
 
+WINDOWS = (32, 128)
+GROUP, ASKED = 2, 12  # query heads of a KV head, and queries at hand
 THRESHOLDS = [-1.0, 0.5, 0.8, 1.001]
 
 
 def random_tokens(seed, *, batch=1, heads=2, count=24, head_dim=4, value_dim=3, position=0, drift=1.0, newer=5):
     """Keys that walk through space, so that neighbours are alike; attention received that is never equal.
 
-    `newer` tokens have been seen after these.
+    `newer` tokens have been seen after these. At the beginning of a text the newest queries are there too.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randn(batch, heads, count, head_dim, generator=generator)
     keys = torch.randn(batch, heads, 1, head_dim, generator=generator) * 2 + drift * steps.cumsum(2) * 0.5
     values = torch.randn(batch, heads, count, value_dim, generator=generator)
     mass = torch.rand(batch, heads, count, generator=generator) + 0.05
-    windows = {size: torch.rand(batch, heads, count, generator=generator) + 0.05 for size in WINDOWS.values()}
-    return Tokens(keys, values, mass, windows, position, position + count + newer)
+    windows = {size: torch.rand(batch, heads, count, generator=generator) + 0.05 for size in WINDOWS}
+    tokens = Tokens(keys, values, mass, windows, position, position + count + newer)
+    if position:
+        return tokens
+    later = torch.randn(batch, heads, newer, head_dim, generator=generator)
+    unseen = torch.randn(batch, heads, newer, value_dim, generator=generator)
+    query = torch.randn(batch, heads * GROUP, min(ASKED, count + newer), head_dim, generator=generator)
+    queries = newest_queries(query, keys, values, 0.6, count=ASKED)
+    return replace(tokens, queries=replace(queries, keys=later, values=unseen))
 
 
 def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="gauss", **changes):
@@ -101,7 +112,7 @@ def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="ga
         "plan": {
             "budget": 0.75,
             "policy": policy,
-            "shares": "uniform",
+            "rule": "uniform",
             "objective": "balanced",
             "granularity": "head",
             "mode": "threshold",
