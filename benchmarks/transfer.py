@@ -139,7 +139,7 @@ def prepared(profile: Any) -> Any:
     )
     policies = profile.policies | {name: PolicyFacts.model_validate(POLICIES[name].to_dict()) for name in CANDIDATES}
     statistics = profile.statistics.model_copy(update={"damage": facts})
-    plan = profile.plan.model_copy(update={"objective": "balanced"})
+    plan = profile.plan.model_copy(update={"objective": "all"})
     return profile.model_copy(update={"policies": policies, "statistics": statistics, "plan": plan})
 
 
