@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 import kvprofile
 from kvprofile.calibration import CANDIDATES, measure
-from kvprofile.evaluate.fidelity import distance, make_trial, read_parts
+from kvprofile.evaluate.fidelity import distance, fill, make_trial, read_parts
 from kvprofile.plans import replan
 from kvprofile.planting import Question, plant
 from kvprofile.probes import ProbeMix
@@ -164,7 +164,7 @@ def case(loaded: Any, kind: str, sample: Any, seed: int) -> Case:
     parts = {name: (tokens, np.arange(len(tokens))) for name, tokens in vars(trial).items() if name != "context"}
     parts |= {name: asked([one for one in questions if one.kind == name]) for name in ("facts", "lookup")}
     cache = DynamicCache(config=loaded.model.config)
-    read = read_parts(loaded.model, cache, context, [tokens for tokens, _ in parts.values()])
+    read = read_parts(loaded.model, fill(loaded.model, cache, context), [tokens for tokens, _ in parts.values()])
     return Case(kind, context, parts, dict(zip(parts, read, strict=True)))
 
 
@@ -180,19 +180,16 @@ def asked(questions: list[Question]) -> tuple[Tensor, NDArray[np.int64]]:
 
 def tried_out(model: Any, plan: Any, case: Case) -> dict[str, float]:
     """KL of every kind, answers still exact among the look-ups, and the slots that were kept."""
-    layers, slots = plan.attention_layers(), []
+    layers = plan.attention_layers()
     merger = KVMerger.from_profile(plan).attach(model)
     try:
-        read = read_parts(
-            model,
-            merger.cache(),
-            case.context,
-            [tokens for tokens, _ in case.parts.values()],
-            lambda cache: slots.append(np.mean([cache.slots()[layer] for layer in layers]) / len(case.context)),
-        )
+        cache = merger.cache()
+        fill(model, cache, case.context)
+        slots = float(np.mean([cache.slots()[layer] for layer in layers])) / len(case.context)
+        read = read_parts(model, cache, [tokens for tokens, _ in case.parts.values()])
     finally:
         merger.detach()
-    found: dict[str, float] = {"slots": float(slots[0])}
+    found: dict[str, float] = {"slots": slots}
     for (name, (_, counted)), rows in zip(case.parts.items(), read, strict=True):
         result = distance(case.reference[name][counted], rows[counted])
         found |= {name: result.kl, f"{name}_top1": result.top1}

@@ -1,7 +1,6 @@
 """What a model answers from a cache: a greedy answer, and the likelihood of the right one."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +30,12 @@ def answer(
     *,
     max_new_tokens: int,
     stop: str | None = None,
-    after_context: Callable[[Cache], None] | None = None,
 ) -> Answer:
-    """Fill the cache with the context, read the question from it, then the right answer and, apart from it, an own one.
+    """Read the question from a cache filled with the context, then the right answer and, apart from it, an own one.
 
     The own answer ends at `max_new_tokens`, at an end-of-text token, or before the text `stop`.
     """
     with torch.inference_mode():
-        model(reading.context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
-        if after_context is not None:
-            after_context(cache)
         next_logits = _read(model, cache, reading.question, keep=1)
         rows = next_logits
         if len(reading.answer) > 1:

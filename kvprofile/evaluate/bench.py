@@ -14,7 +14,8 @@ from kvprofile.errors import UsageError
 from kvprofile.evaluate.answers import answer
 from kvprofile.evaluate.check import stock_bytes
 from kvprofile.evaluate.fidelity import distance, make_trial, negative_log_likelihood, read_parts
-from kvprofile.evaluate.methods import FULL, Method, cache_of
+from kvprofile.evaluate.filled import Filled
+from kvprofile.evaluate.methods import FULL, Method
 from kvprofile.evaluate.prompts import Reading, make_reading
 from kvprofile.evaluate.rows import Row, Store, digest, identity
 from kvprofile.evaluate.tasks.task import Example, Task
@@ -105,13 +106,22 @@ def make_probes(loaded: LoadedModel, sample: Sample, seed: int) -> tuple[Tensor,
 
 def _fidelity_measure(loaded: LoadedModel, context: Tensor, probes: Sequence[Probe]) -> Measure:
     """Measures a method against the full cache, whose distributions are computed once and only if they are needed."""
+    filled = Filled(loaded.model, context)
+
+    def read(method: Method) -> tuple[list[Tensor], Measured]:
+        with filled.cache(method) as own:
+            rows = read_parts(loaded.model, own, [probe.tokens for probe in probes])
+            # The scored rows of every probe, `(rows, vocabulary)`.
+            return [row[probe.scored] for row, probe in zip(rows, probes, strict=True)], _size(
+                loaded, own, len(context)
+            )
 
     @cache
     def reference() -> tuple[list[Tensor], Measured]:
-        return _read_probes(loaded, FULL_METHOD, context, probes)
+        return read(FULL_METHOD)
 
     def measure(method: Method) -> Measured:
-        rows, size = reference() if method.plan is None else _read_probes(loaded, method, context, probes)
+        rows, size = reference() if method.plan is None else read(method)
         values: dict[str, float] = {}
         for name in PARTS:
             chosen = [place for place, probe in enumerate(probes) if probe.name == name]
@@ -123,22 +133,6 @@ def _fidelity_measure(loaded: LoadedModel, context: Tensor, probes: Sequence[Pro
         return replace(size, values=values)
 
     return measure
-
-
-def _read_probes(
-    loaded: LoadedModel, method: Method, context: Tensor, probes: Sequence[Probe]
-) -> tuple[list[Tensor], Measured]:
-    """The scored rows of every probe `(rows, vocabulary)`, and the size of the filled cache."""
-    sizes: list[Measured] = []
-    with cache_of(loaded.model, method) as empty:
-        rows = read_parts(
-            loaded.model,
-            empty,
-            context,
-            [probe.tokens for probe in probes],
-            lambda filled: sizes.append(_size(loaded, filled, len(context))),
-        )
-    return [row[probe.scored] for row, probe in zip(rows, probes, strict=True)], sizes[0]
 
 
 def run_task(
@@ -182,19 +176,20 @@ def run_task(
 
 
 def _task_measure(loaded: LoadedModel, name: str, example: Example, reading: Reading) -> Measure:
+    filled = Filled(loaded.model, reading.context)
+
     def measure(method: Method) -> Measured:
-        sizes: list[Measured] = []
-        with cache_of(loaded.model, method) as empty:
+        with filled.cache(method) as own:
+            size = _size(loaded, own, len(reading.context))
             found = answer(
                 loaded.model,
                 loaded.tokenizer,
-                empty,
+                own,
                 reading,
                 max_new_tokens=example.max_new_tokens,
                 stop=example.stop,
-                after_context=lambda filled: sizes.append(_size(loaded, filled, len(reading.context))),
             )
-        return replace(sizes[0], values={f"{name} NLL": found.nll}, text=found.text)
+        return replace(size, values={f"{name} NLL": found.nll}, text=found.text)
 
     return measure
 

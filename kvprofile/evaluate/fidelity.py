@@ -46,26 +46,23 @@ def make_trial(context: Tensor, continuation: Tensor, seed: int) -> Trial:
     return Trial(context, recall, continuation)
 
 
-def read_parts(
-    model: PreTrainedModel,
-    cache: Cache,
-    context: Tensor,
-    parts: Sequence[Tensor],
-    after_context: Callable[[Cache], None] | None = None,
-) -> list[Tensor]:
-    """Fill the cache with a context `(tokens,)`, then read every part `(tokens,)` from the filled cache on its own.
-
-    Returns the parts' log-probabilities `(tokens, vocabulary)`: row i predicts the token after i. `after_context` sees
-    the filled cache.
-    """
+def fill(model: PreTrainedModel, cache: Cache, context: Tensor) -> Cache:
+    """Read a context `(tokens,)` into a cache and return it."""
     with torch.inference_mode():
         model(context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
-        if after_context is not None:
-            after_context(cache)
+    return cache
+
+
+def read_parts(model: PreTrainedModel, filled: Cache, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Read every part `(tokens,)` from a filled cache on its own; the cache stays as it is.
+
+    Returns the parts' log-probabilities `(tokens, vocabulary)`: row i predicts the token after i.
+    """
+    with torch.inference_mode():
         rows = []
         for tokens in parts:
-            filled = copy.deepcopy(cache)
-            logits = model(tokens[None].to(model.device), past_key_values=filled).logits[0]
+            own = copy.deepcopy(filled)
+            logits = model(tokens[None].to(model.device), past_key_values=own).logits[0]
             rows.append(F.log_softmax(logits.float(), dim=-1))
     return rows
 
@@ -73,8 +70,14 @@ def read_parts(
 def read_through(
     model: PreTrainedModel, cache: Cache, trial: Trial, after_context: Callable[[Cache], None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a trial's recall and continuation, each read from the cache filled with its context."""
-    recall, continuation = read_parts(model, cache, trial.context, (trial.recall, trial.continuation), after_context)
+    """Log-probabilities of a trial's recall and continuation, each read from the cache filled with its context.
+
+    `after_context` sees the filled cache.
+    """
+    fill(model, cache, trial.context)
+    if after_context is not None:
+        after_context(cache)
+    recall, continuation = read_parts(model, cache, (trial.recall, trial.continuation))
     return recall, continuation
 
 

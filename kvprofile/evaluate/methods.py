@@ -1,18 +1,14 @@
 """What is compared: the full cache, a profile's plan, and plans of other policies with the same number of slots."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from kvprofile.merging.policies import POLICIES
 from kvprofile.plans import replan
 from kvprofile.profile import Profile
-from kvprofile.runtime.merger import KVMerger
 
 FULL = "full cache"
 ANCHOR_EPSILON = 0.75
@@ -44,19 +40,6 @@ class Method:
         used = {head["policy"] for layer in layers for head in layer}
         policies = {name: values for name, values in self.plan["policies"].items() if name in used}
         return {"mode": self.plan["plan"]["mode"], "layers": layers, "policies": policies}
-
-
-@contextmanager
-def cache_of(model: PreTrainedModel, method: Method) -> Iterator[Cache]:
-    """An empty cache of a method; the model is attached while the block runs."""
-    if method.plan is None:
-        yield DynamicCache(config=model.config)
-        return
-    merger = KVMerger.from_profile(method.plan).attach(model)
-    try:
-        yield merger.cache()
-    finally:
-        merger.detach()
 
 
 def profile_methods(

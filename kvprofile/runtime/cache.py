@@ -1,5 +1,6 @@
 """The cache to generate with: merged layers where the profile merges, the stock layers everywhere else."""
 
+import copy
 from typing import Any
 
 import torch
@@ -54,6 +55,18 @@ class MergedCache(Cache):
                     "earlier forward); call merger.attach(model) and start with a new merger.cache()"
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def adopt(self, recorded: "MergedCache") -> None:
+        """Hold the text that `recorded` has read, compressed as this cache's settings say, without reading it again.
+
+        `recorded` is a cache of the same model that kept every token of one forward: `activate_past_recording` was called
+        before, and none of its layers has a share of 1 everywhere. It stays as it is. Raises KVProfileError if it has merged.
+        """
+        for index, (own, other) in enumerate(zip(self.layers, recorded.layers, strict=True)):
+            if isinstance(own, MergedLayer):
+                own.adopt(other)
+            else:
+                self.layers[index] = copy.deepcopy(other)
 
     def slots(self) -> list[list[list[int]]]:
         """Slots stored now: per layer, per batch row, per KV head; stock layers count what they hold."""

@@ -258,6 +258,18 @@ class MergedLayer(CacheLayerMixin):
         padding, mass = self.hidden(), self.needs_mass
         return call, ragged_attention(call, self.slots, padding=padding, sinks=call.sinks, mass=mass)[1]
 
+    def adopt(self, recorded: "MergedLayer") -> None:
+        """Hold what `recorded` has read in one forward with its past recorded, as this layer's setting keeps it."""
+        if recorded.slots is not None or any(call.query.shape[2] != recorded.seen for call, _ in recorded.calls):
+            raise KVProfileError(
+                "only a text read in one forward into a new cache with its past recorded can be handed on; the rest is gone"
+            )
+        self.keys, self.values = recorded.keys.clone(), recorded.values.clone()
+        self.seen, self.tail, self.is_initialized = recorded.seen, recorded.tail, True
+        self.rows = [Row(row.padding, 0, (0,) * len(self.setting.policies)) for row in recorded.rows]
+        self.calls = [] if self.setting.keeps_all else list(recorded.calls)
+        self._settle()
+
     def offload(self) -> None:
         """Refuse: offloading is not supported."""
         raise KVProfileError("a merged cache cannot be offloaded; keep it on the model's device")

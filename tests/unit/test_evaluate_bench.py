@@ -7,10 +7,11 @@ import torch
 
 from kvprofile import load_model
 from kvprofile.errors import KVProfileError
-from kvprofile.evaluate import bench, rows
+from kvprofile.evaluate import rows
 from kvprofile.evaluate.bench import FULL_METHOD, make_probes, run_fidelity, run_task
 from kvprofile.evaluate.check import run_merged
 from kvprofile.evaluate.fidelity import Trial, distance
+from kvprofile.evaluate.filled import Filled
 from kvprofile.evaluate.methods import FULL, Method
 from kvprofile.evaluate.rows import Store, open_store
 from kvprofile.evaluate.tasks import TASKS, Example, Request, Task
@@ -119,13 +120,13 @@ def test_finished_rows_are_used_again_and_only_where_they_are_true(loaded, sampl
     assert len(path.read_text().splitlines()) == len(first) == 6
 
     measured = []
-    honest = bench._read_probes
+    honest = Filled.cache
 
-    def counted(loaded, method, *arguments):
+    def counted(filled, method):
         measured.append(method.name)
-        return honest(loaded, method, *arguments)
+        return honest(filled, method)
 
-    monkeypatch.setattr(bench, "_read_probes", counted)
+    monkeypatch.setattr(Filled, "cache", counted)
     assert run_fidelity(loaded, samples, plans, open_store(path)) == first
     assert measured == []
     # The same plan under another name is the same measurement; another plan is not.

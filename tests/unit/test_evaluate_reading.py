@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, DynamicCache
 from kvprofile import KVMerger
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.answers import answer
+from kvprofile.evaluate.fidelity import fill
 from kvprofile.evaluate.prompts import Reading, encode, make_reading, uses_template
 from kvprofile.evaluate.tasks import Example
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
@@ -71,6 +72,10 @@ def test_the_first_token_is_the_tokenizers_own(tokenizer):
     assert encode(Beginning(), "a") == [7]
 
 
+def filled(model, reading):
+    return fill(model, DynamicCache(config=model.config), reading.context)
+
+
 def reading_of(tokens, context=150, question=20, right=6):
     parts = tokens[0].split([context, question, right])
     return Reading(*parts)
@@ -80,7 +85,7 @@ def test_the_answer_from_a_full_cache_is_that_of_the_model(tokenizer):
     model = tiny_model(vocab_size=100)  # every token a character
     tokens = tiny_text(176, vocabulary=90)
     reading = reading_of(tokens)
-    found = answer(model, tokenizer, DynamicCache(config=model.config), reading, max_new_tokens=8)
+    found = answer(model, tokenizer, filled(model, reading), reading, max_new_tokens=8)
     with torch.no_grad():
         rows = model(tokens).logits[0].log_softmax(-1)
     expected = -rows[169:175].gather(-1, tokens[0, 170:, None]).mean()
@@ -95,7 +100,7 @@ def test_an_answer_ends_at_its_stop_and_at_the_end_token(tokenizer):
     reading = reading_of(tiny_text(176, vocabulary=90))
 
     def write(**options):
-        return answer(model, tokenizer, DynamicCache(config=model.config), reading, max_new_tokens=12, **options).text
+        return answer(model, tokenizer, filled(model, reading), reading, max_new_tokens=12, **options).text
 
     whole = write()
     assert len(whole) > 6
@@ -108,17 +113,10 @@ def test_an_answer_ends_at_its_stop_and_at_the_end_token(tokenizer):
 def test_the_size_is_seen_after_the_context_and_all_is_read_from_a_compressed_cache(tokenizer):
     model = tiny_model()
     reading = reading_of(tiny_text(176, vocabulary=90))
-    full = answer(model, tokenizer, DynamicCache(config=model.config), reading, max_new_tokens=1)
-    seen = []
+    full = answer(model, tokenizer, filled(model, reading), reading, max_new_tokens=1)
     merger = KVMerger.from_profile(uniform_values(model, "h2o", share=0.4)).attach(model)
-    compressed = answer(
-        model,
-        tokenizer,
-        merger.cache(),
-        reading,
-        max_new_tokens=1,
-        after_context=lambda cache: seen.append(cache.slots()),
-    )
+    cache = fill(model, merger.cache(), reading.context)
+    assert cache.slots() == [[[60, 60]], [[60, 60]]]
+    compressed = answer(model, tokenizer, cache, reading, max_new_tokens=1)
     merger.detach()
-    assert seen == [[[[60, 60]], [[60, 60]]]]
     assert compressed.nll != pytest.approx(full.nll, rel=1e-3)
