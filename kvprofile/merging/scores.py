@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 64
+QUERY_BLOCK = 16  # logits of so many stay in the cache of a processor
 MASS_STRIDE = 16  # the default estimate of the mass takes every 16th query
 POOL = 5  # neighbours over which the newest queries' attention is pooled
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from kvprofile.merging.counts import slots_of
 from kvprofile.merging.merge import merge_layer
 from kvprofile.merging.scores import MASS_STRIDE, attention_mass, pooled, window_mass
-from kvprofile.merging.slots import Slots, append_slots, select_rows
+from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Queries, Tokens, newest_queries
 from kvprofile.runtime.attention import AttentionCall
-from kvprofile.runtime.backends import stored
+from kvprofile.runtime.backends import suited
+from kvprofile.runtime.blocks import append, block_size, empty_blocks
 
 if TYPE_CHECKING:
     from kvprofile.runtime.layer import MergedLayer
@@ -98,23 +99,24 @@ def _aged(layer: "MergedLayer", row: Row) -> int:
 def _merge(layer: "MergedLayer", windows: dict[int, Tensor], calls: Calls) -> None:
     """Turn what has aged in every row into slots, and let it go from the tail."""
     merged: list[Slots] = []
-    order: list[int] = []
+    owners: list[int] = []
+    kv_heads = layer.keys.shape[1]
     everywhere = range(len(layer.rows))
     rows = list(layer.rows)
     for row, places in layer.alike():
-        indices = everywhere[places] if isinstance(places, slice) else places
-        order += indices
         aged = _aged(layer, row)
         if not aged:
-            merged.append(_nothing(layer, len(indices)))
             continue
+        indices = everywhere[places] if isinstance(places, slice) else places
+        owners += [place * kv_heads + head for place in indices for head in range(kv_heads)]
         heavy = tuple(policy.protection.heavy_tokens(layer.seen - row.padding) for policy, _ in layer.setting.policies)
         merged.append(_into_slots(layer, row, places, aged, heavy=heavy, windows=windows, calls=calls))
         for place in indices:
             rows[place] = Row(row.padding, row.merged + aged, heavy)
-    new = merged[0] if len(merged) == 1 else select_rows(_joined(merged), _inverse(order), layer.keys.shape[1])
-    new = stored(new, calls[0][0])
-    layer.slots = new if layer.slots is None else append_slots(layer.slots, new)
+    new = suited(merged[0] if len(merged) == 1 else _joined(merged), calls[0][0])
+    if layer.slots is None:
+        layer.slots = empty_blocks(new, len(layer.rows) * kv_heads, block_size(layer.seen))
+    layer.slots = append(layer.slots, new, owners)
     layer.rows = rows
     first = layer.tail - max(map(layer.own, rows))
     if first:
@@ -181,17 +183,7 @@ def _newest_queries(layer: "MergedLayer", row: Row, places: Places, calls: Calls
     return replace(found[0], states=states, sinks=torch.cat(sinks, dim=1) if sinks else None)
 
 
-def _nothing(layer: "MergedLayer", rows: int) -> Slots:
-    """No slots for any head of `rows` rows."""
-    bias = torch.zeros(0, device=layer.keys.device)
-    return Slots(layer.keys[0, 0, :0], layer.values[0, 0, :0], bias, [0] * rows * layer.keys.shape[1])
-
-
 def _joined(parts: list[Slots]) -> Slots:
     """Slots of some rows, then of others."""
     keys, values, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values", "bias"))
     return Slots(keys, values, bias, [length for part in parts for length in part.lengths])
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)

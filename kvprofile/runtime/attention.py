@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprofile.errors import KVProfileError
-from kvprofile.merging.slots import Slots
 from kvprofile.runtime.backends import ragged_attention
+from kvprofile.runtime.blocks import Blocks
 from kvprofile.runtime.masks import MaskRecipe
 
 MARK = "kvprofile_layer"
@@ -24,7 +24,7 @@ MARK = "kvprofile_layer"
 class AttendedLayer(Protocol):
     """What the attention function needs of a cache layer."""
 
-    slots: Slots | None
+    slots: Blocks | None
     needs_mass: bool
 
     def check(self, call: "AttentionCall") -> None:

@@ -1,7 +1,7 @@
 """One layer of a merged cache: merged slots, a different number for every head, and a short unmerged tail.
 
-`slots` holds the merged tokens, flat and ragged over rows and heads; the tail holds the newest tokens, dense, with a little
-slack so that a decoded token costs no copy of everything. A prompt is attended to as it is and merged right after the
+`slots` holds the merged tokens, as many for each row and head as it needs; the tail holds the newest tokens, dense, with a
+little slack so that a decoded token costs no copy of everything. A prompt is attended to as it is and merged right after the
 layer's attention, so prefill is exact and only one layer's full keys and values are alive at a time. While the text grows,
 the oldest tokens of the tail are merged whenever a chunk of them has aged.
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprofile.errors import KVProfileError
-from kvprofile.merging.slots import Slots, select_rows
 from kvprofile.runtime.aging import Places, Row, settle
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.attention import MARK, AttentionCall
 from kvprofile.runtime.backends import ragged_attention
+from kvprofile.runtime.blocks import Blocks, select_rows
 from kvprofile.runtime.masks import LogicalLength
 from kvprofile.runtime.settings import CHUNK, LayerSetting
 
@@ -47,7 +47,7 @@ class MergedLayer(CacheLayerMixin):
         self.seen = 0
         self.tail = 0
         self.rows: list[Row] = []
-        self.slots: Slots | None = None
+        self.slots: Blocks | None = None
         self.mass: Tensor | None = None
         self.keys = self.values = None
         self.is_initialized = False
@@ -177,7 +177,7 @@ class MergedLayer(CacheLayerMixin):
         """Every tensor the layer holds, side tensors included."""
         parts = [self.keys, self.values, self.mass]
         if self.slots is not None:
-            parts += [self.slots.keys, self.slots.values, self.slots.bias]
+            parts += [self.slots.keys, self.slots.values, self.slots.bias, self.slots.owner]
         for call, tail_mass in self.calls:
             parts += [call.query, call.key, call.value, tail_mass]
         return [part for part in parts if part is not None]

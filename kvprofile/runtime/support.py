@@ -21,6 +21,7 @@ from kvprofile.errors import KVProfileError
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime.attention import MARK, AttentionCall
 from kvprofile.runtime.backends import ragged_attention
+from kvprofile.runtime.blocks import SMALLEST, empty_blocks
 from kvprofile.runtime.masks import LogicalLength
 
 TOKENS = 8  # enough for attention to differ from a mean, whatever the weights
@@ -62,8 +63,8 @@ class _Probe(CacheLayerMixin):
             self.changed = True
             return
         heads = call.key.shape[0] * call.key.shape[1]
-        nothing = Slots(call.key[0, 0, :0], call.value[0, 0, :0], torch.zeros(0, device=call.key.device), [0] * heads)
-        ours, _ = ragged_attention(call, nothing, sinks=call.sinks, mass=False)
+        nothing = Slots(call.key[0, 0, :0], call.value[0, 0, :0], torch.zeros(0, device=call.key.device), [])
+        ours, _ = ragged_attention(call, empty_blocks(nothing, heads, SMALLEST), sinks=call.sinks, mass=False)
         error = (ours.float() - output.float()).norm() / output.float().norm().clamp_min(1e-20)
         if torch.isfinite(error):
             self.error = max(self.error, float(error))

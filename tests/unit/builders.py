@@ -1,12 +1,14 @@
-"""Small inputs for tests: random tokens, and profiles of a model with two layers of two KV heads."""
+"""Small inputs for tests: random tokens, profiles of two layers of two KV heads, and the slots of a cache layer."""
 
 from dataclasses import replace
 
 import torch
 
 from kvprofile.merging.policies import Policy
+from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens, newest_queries
 from kvprofile.profile import PolicyFacts, Profile
+from kvprofile.runtime.blocks import Blocks
 
 WINDOWS = (32, 128)
 GROUP, ASKED = 2, 12  # query heads of a KV head, and queries at hand
@@ -130,3 +132,15 @@ def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="ga
         },
     }
     return Profile.model_validate({**values, **changes})
+
+
+def slots_in(blocks: Blocks) -> Slots:
+    """The slots of a cache layer, without the room between them."""
+    held = [torch.arange(length) for length in blocks.lengths]
+    owners = [(blocks.owner == head).nonzero()[:, 0] for head in range(len(held))]
+    parts = (
+        torch.cat([part[own].flatten(0, 1)[place] for own, place in zip(owners, held, strict=True)])
+        for part in (blocks.keys, blocks.values, blocks.bias)
+    )
+    keys, values, bias = parts
+    return Slots(keys, values, bias, blocks.lengths)

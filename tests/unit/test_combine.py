@@ -10,7 +10,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvprofile.merging.combine import Combination, combine
-from kvprofile.merging.slots import Slots, append_slots, select_rows
 from tests.unit.reference import PROPERTY, merge_set, pivot_of
 
 COMBINATIONS = {
@@ -247,40 +246,3 @@ def test_inputs_are_left_alone():
 def test_impossible_combinations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Combination(**options)
-
-
-def _slots_of(heads):
-    """Slots of plain lists: `heads[head]` is a list of (key, value, bias)."""
-    rows = [row for head in heads for row in head]
-    keys = torch.tensor([[key, -key] for key, _, _ in rows]).view(-1, 2)
-    values = torch.tensor([[value] for _, value, _ in rows]).view(-1, 1)
-    return Slots(keys, values, torch.tensor([bias for *_, bias in rows]), [len(head) for head in heads])
-
-
-def _lists_of(slots):
-    rows = list(zip(slots.keys[:, 0].tolist(), slots.values[:, 0].tolist(), slots.bias.tolist(), strict=True))
-    assert torch.equal(slots.keys[:, 1], -slots.keys[:, 0])
-    heads, end = [], 0
-    for length in slots.lengths:
-        heads.append(rows[end : end + length])
-        end += length
-    assert end == len(rows)
-    return heads
-
-
-_row = st.tuples(*[st.integers(-99, 99).map(float)] * 3)
-_ragged = st.lists(st.lists(_row, max_size=4), min_size=6, max_size=6).filter(any)
-
-
-@PROPERTY
-@given(old=_ragged, new=_ragged)
-def test_append_puts_new_slots_behind_the_old_of_every_head(old, new):
-    joined = append_slots(_slots_of(old), _slots_of(new))
-    assert _lists_of(joined) == [first + second for first, second in zip(old, new, strict=True)]
-
-
-@PROPERTY
-@given(heads=_ragged, rows=st.lists(st.integers(0, 2), min_size=1, max_size=5))
-def test_select_takes_whole_batch_rows(heads, rows):
-    chosen = select_rows(_slots_of(heads), rows, kv_heads=2)
-    assert _lists_of(chosen) == [heads[row * 2 + head] for row in rows for head in range(2)]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kvprofile.merging.slots import Slots
-from kvprofile.runtime.backends.padded import padded_attention
-from kvprofile.runtime.backends.per_head import per_head_attention
+from kvprofile.runtime.backends.blockwise import blockwise_attention
 from kvprofile.runtime.backends.varlen import suits, varlen_attention, widened
+from kvprofile.runtime.blocks import Blocks
 
 if TYPE_CHECKING:
     from kvprofile.runtime.attention import AttentionCall
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def ragged_attention(
     call: "AttentionCall",
-    slots: Slots,
+    blocks: Blocks,
     *,
     padding: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -29,13 +29,10 @@ def ragged_attention(
     join the softmax and carry no value (GPT-OSS). Returns the output `(batch, queries, heads, value_dim)` and, with
     `mass`, the attention the tail received from queries that are not padding, `(batch, kv_heads, tail)` float32.
     """
-    if slots.keys.shape[-1] > call.key.shape[-1]:
-        attend = varlen_attention
-    else:
-        attend = per_head_attention if call.key.device.type == "cpu" else padded_attention
-    return attend(call, slots, padding=padding, sinks=sinks, mass=mass)
+    attend = varlen_attention if blocks.keys.shape[-1] > call.key.shape[-1] else blockwise_attention
+    return attend(call, blocks, padding=padding, sinks=sinks, mass=mass)
 
 
-def stored(slots: Slots, call: "AttentionCall") -> Slots:
-    """The slots in the layout that the back end of the call's layer reads."""
+def suited(slots: Slots, call: "AttentionCall") -> Slots:
+    """The slots as the back end of the call's layer reads them."""
     return widened(slots) if suits(call) else slots

@@ -8,9 +8,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kvprofile.runtime.attention import AttentionCall
 
-# Finite, so that a padded query, which sees nothing, makes no NaN.
-MASKED = -1e30
-
 
 def hidden_tail(call: "AttentionCall", low: int, high: int, padding: Tensor | None) -> Tensor | None:
     """Mark the tail tokens that queries `low` to `high` must not see: `(batch or 1, queries, tail)`; None if there are none.

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvprofile.merging.slots import Slots
-from kvprofile.runtime.backends.tail import MASKED, hidden_tail, received
+from kvprofile.runtime.backends.tail import hidden_tail, received
+from kvprofile.runtime.blocks import MASKED, Blocks
 
 if TYPE_CHECKING:
     from kvprofile.runtime.attention import AttentionCall
 
 EXTRA = 8  # the kernel takes head dimensions in steps of 8
 LARGEST = 256
-LOGITS = 1 << 26  # logits of the tail alive at a time: many queries are taken in blocks
+LOGITS = 1 << 26  # logits of the tail alive at a time: many queries are taken in pieces
 
 
 def suits(call: "AttentionCall") -> bool:
@@ -44,9 +45,9 @@ def widened(slots: Slots) -> Slots:
 
 
 def varlen_attention(
-    call: "AttentionCall", slots: Slots, *, padding: Tensor | None, sinks: Tensor | None, mass: bool
+    call: "AttentionCall", blocks: Blocks, *, padding: Tensor | None, sinks: Tensor | None, mass: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ragged_attention`; the slots must be `widened`."""
+    """See `ragged_attention`; the slots in the blocks must be `widened`."""
     batch, heads, queries, head_dim = call.query.shape
     kv_heads, tail = call.key.shape[1], call.key.shape[2]
     rows, group = batch * kv_heads, heads // kv_heads
@@ -54,12 +55,13 @@ def varlen_attention(
     query = call.query.reshape(rows, group, queries, head_dim)
     marks = query.new_zeros(*query.shape[:-1], EXTRA)
     marks[..., :2] = 1 / call.scaling
-    lengths = torch.tensor(slots.lengths, device=device)
+    lengths = torch.tensor(blocks.lengths, device=device)
     merged, merged_sum = packed_attention(
         torch.cat([query, marks], dim=-1).flatten(0, 2),
-        slots,
+        blocks,
         torch.arange(rows + 1, device=device, dtype=torch.int32) * (group * queries),
-        F.pad(lengths.cumsum(0), (1, 0)).int(),
+        F.pad((blocks.counts().to(device) * blocks.size).cumsum(0), (1, 0)).int(),
+        lengths.int(),
         scaling=call.scaling,
     )
     merged = merged[:, :head_dim].float().view(rows, group, queries, head_dim)
@@ -67,9 +69,9 @@ def varlen_attention(
     merged_sum = torch.where(lengths[:, None, None] > 0, merged_sum.view(rows, group, queries), MASKED)
     tail_keys, tail_values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
     outputs, masses = [], []
-    block = max(1, LOGITS // (batch * heads * tail))
-    for low in range(0, queries, block):
-        high = min(queries, low + block)
+    piece = max(1, LOGITS // (batch * heads * tail))
+    for low in range(0, queries, piece):
+        high = min(queries, low + piece)
         asked = query[:, :, low:high].float().flatten(1, 2)
         logits = (asked @ tail_keys.mT).mul_(call.scaling)
         hidden = hidden_tail(call, low, high, padding)
@@ -90,19 +92,23 @@ def varlen_attention(
 
 
 def packed_attention(
-    query: Tensor, slots: Slots, query_ends: Tensor, slot_ends: Tensor, *, scaling: float
+    query: Tensor, blocks: Blocks, query_ends: Tensor, block_ends: Tensor, lengths: Tensor, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every sequence's queries over its slots: `(queries, dim)` and log-sum-exps `(queries,)`, float32."""
+    """Attention of every sequence's queries over its slots: `(queries, dim)` and log-sum-exps `(queries,)`, float32.
+
+    `block_ends` counts the slots that the blocks before have room for, `lengths` the slots that are there.
+    """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     output, total = varlen_attn(
         query[:, None],
-        slots.keys[:, None],
-        slots.values[:, None],
+        blocks.keys.flatten(0, 1)[:, None],
+        blocks.values.flatten(0, 1)[:, None],
         query_ends,
-        slot_ends,
-        len(query) // len(slots.lengths),
-        max(slots.lengths),
+        block_ends,
+        len(query) // len(blocks.lengths),
+        max(blocks.lengths),
+        seqused_k=lengths,
         return_aux=AuxRequest(lse=True),
         scale=scaling,
     )

@@ -1,0 +1,66 @@
+"""Any device: one product over all blocks of slots, one over all tails, joined under one softmax per head.
+
+Nothing is padded but a head's last block, and nothing is copied but logits. The queries of a group share one read of their
+head's keys and values. Every query's largest logit is found over blocks and tail first, so all terms are on one scale.
+"""
+
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvprofile.runtime.backends.tail import hidden_tail, received
+from kvprofile.runtime.blocks import MASKED, Blocks
+
+if TYPE_CHECKING:
+    from kvprofile.runtime.attention import AttentionCall
+
+LOGITS = 1 << 26  # logits alive at a time: many queries are taken in pieces
+
+
+def blockwise_attention(
+    call: "AttentionCall", blocks: Blocks, *, padding: Tensor | None, sinks: Tensor | None, mass: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `ragged_attention`. Half-precision inputs are multiplied in float32."""
+    batch, heads, queries, head_dim = call.query.shape
+    kv_heads, tail = call.key.shape[1], call.key.shape[2]
+    rows, group = batch * kv_heads, heads // kv_heads
+    query = (call.query.float() * call.scaling).reshape(rows, group, queries, head_dim)
+    keys, values, bias = blocks.keys.float(), blocks.values.float(), blocks.bias[:, None]
+    tail_keys, tail_values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
+    outputs, masses = [], []
+    piece = max(1, LOGITS // (group * (blocks.bias.numel() + rows * tail)))
+    for low in range(0, queries, piece):
+        high = min(queries, low + piece)
+        asked = query[:, :, low:high].flatten(1, 2)
+        recent = torch.bmm(asked, tail_keys.mT)
+        if call.softcap is None:
+            old = torch.baddbmm(bias, asked[blocks.owner], keys.mT)
+        else:
+            _cap(recent, call.softcap)
+            old = _cap(torch.bmm(asked[blocks.owner], keys.mT), call.softcap).add_(bias)
+        hidden = hidden_tail(call, low, high, padding)
+        if hidden is not None:
+            recent.view(batch, kv_heads, -1, high - low, tail).masked_fill_(hidden[:, None, None], MASKED)
+        owner = blocks.owner[:, None].expand(-1, asked.shape[1])
+        largest = recent.amax(-1).scatter_reduce_(0, owner, old.amax(-1), "amax")
+        if sinks is not None:
+            aside = sinks.float().view(kv_heads, group, 1).expand(batch, -1, -1, high - low).reshape(largest.shape)
+            largest = torch.maximum(largest, aside)
+        old.sub_(largest[blocks.owner][..., None]).exp_()
+        recent.sub_(largest[..., None]).exp_()
+        total = recent.sum(-1).scatter_add_(0, owner, old.sum(-1))
+        if sinks is not None:
+            total += (aside - largest).exp_()
+        output = torch.bmm(recent, tail_values).index_add_(0, blocks.owner, torch.bmm(old, values))
+        outputs.append(output.div_(total[..., None]).view(batch, heads, high - low, -1))
+        if mass:
+            masses.append(received(recent.div_(total[..., None]), call, low, high, padding))
+    whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    whole = whole.transpose(1, 2).contiguous().to(call.value.dtype)
+    return whole, reduce(torch.add, masses).view(batch, kv_heads, tail) if mass else None
+
+
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    return logits.div_(softcap).tanh_().mul_(softcap)
