@@ -3,7 +3,7 @@
 import random
 
 from kvprofile.evaluate.metrics import contains
-from kvprofile.evaluate.tasks.gold import PLACES, among
+from kvprofile.evaluate.tasks.gold import at_places
 from kvprofile.evaluate.tasks.task import Example, Request, Task, best
 from kvprofile.samples.encyclopedia import entries
 
@@ -17,24 +17,14 @@ def examples(request: Request) -> list[Example]:
     draw = random.Random(request.seed)
     # An entry has some 250 tokens; more than needed, so that distractors do not run out.
     articles = entries(request.seed + SEED_OFFSET, request.count + request.tokens // 100 + 1)
-    room = request.tokens - request.length(OPENING)
     made = []
     for number, gold in enumerate(articles[: request.count]):
         question, answer = draw.choice(gold.facts)
         others = [entry.text for place, entry in enumerate(articles) if place != number]
         draw.shuffle(others)
-        made += [
-            Example(
-                OPENING + among(gold.text, others, place, room, request.length),
-                QUESTION.format(question=question),
-                (answer,),
-                prefix="Answer:",
-                group=place,
-                max_new_tokens=24,
-                stop="\n",
-            )
-            for place in PLACES
-        ]
+        made += at_places(
+            gold.text, others, QUESTION.format(question=question), (answer,), opening=OPENING, request=request
+        )
     return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.evaluate.metrics import contains
-from kvprofile.evaluate.tasks.gold import PLACES, among
+from kvprofile.evaluate.tasks.gold import at_places
 from kvprofile.evaluate.tasks.task import Example, Request, Task, best
 from kvprofile.samples.files import read_csv
 
@@ -32,24 +32,15 @@ def examples(request: Request) -> list[Example]:
     by_article: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         by_article.setdefault(row["context"], []).append(row)
-    room = request.tokens - request.length(OPENING)
     made = []
     for gold in draw.sample(list(by_article), min(request.count, len(by_article))):
         row = draw.choice(by_article[gold])
         others = [article for article in by_article if article != gold]
         draw.shuffle(others)
-        made += [
-            Example(
-                OPENING + among(gold, others, place, room, request.length),
-                QUESTION.format(question=row["question"]),
-                tuple(answer.strip() for answer in row["answer"].split("|")),
-                prefix="Answer:",
-                group=place,
-                max_new_tokens=24,
-                stop="\n",
-            )
-            for place in PLACES
-        ]
+        answers = tuple(answer.strip() for answer in row["answer"].split("|"))
+        made += at_places(
+            gold, others, QUESTION.format(question=row["question"]), answers, opening=OPENING, request=request
+        )
     return made
 
 
