@@ -19,8 +19,10 @@ import numpy as np
 from transformers import DynamicCache
 
 import kvprofile
-from kvprofile.evaluate.check import bootstrap, run_merged, stock_bytes
+from kvprofile.evaluate.check import run_merged, stock_bytes
 from kvprofile.evaluate.fidelity import distance, make_trial, read_through
+from kvprofile.evaluate.intervals import bootstrap
+from kvprofile.evaluate.methods import uniform_plan
 from kvprofile.merging.policies import POLICIES
 from kvprofile.plans import MODES, replan
 from kvprofile.runtime.merger import KVMerger
@@ -33,13 +35,7 @@ def plans(profile: Any, damage: Any, budget: float, wanted: list[str]) -> dict[s
     made: dict[str, dict[str, Any]] = {}
     singles = profile.statistics.damage.policies if profile.statistics.damage else []
     for name in UNIFORM:
-        values = profile.model_dump(mode="json")
-        values["policies"] = {name: POLICIES[name].to_dict()}
-        for layer in values["plan"]["layers"]:
-            # Anchor sets need a threshold; the paper's 0.75, corrected to the asked number of slots.
-            layer["heads"] = [{"policy": name, "epsilon": 0.75, "share": budget} for _ in layer["heads"]]
-        values["plan"]["mode"] = "exact"
-        made[f"{name}, uniform"] = values
+        made[f"{name}, uniform"] = uniform_plan(profile, name, budget)
     for name in singles:
         # The same shares, met to the slot or by the thresholds that keep them on average.
         for mode in MODES if POLICIES[name].affinity == "cosine" else ("exact",):

@@ -45,7 +45,7 @@ def show(profile: Profile) -> None:
     console.print(
         f"[bold]{escape(facts.name)}[/] ({facts.architecture}, {facts.layers} layers x {facts.kv_heads} KV heads), "
         f"budget {plan.budget:g}, "
-        f"{plan.mode} mode, policy {plan.policy}, shares by {plan.rule} for every {plan.granularity}"
+        f"{plan.mode} mode, policy {plan.policy}, rule {plan.rule}, a share for every {plan.granularity}"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right")

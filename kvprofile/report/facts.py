@@ -27,7 +27,7 @@ def about(profile: Profile) -> list[tuple[str, str]]:
         ),
         (
             "Plan",
-            f"budget {plan.budget:g}, {plan.mode} mode, policy {plan.policy}, shares by {plan.rule} for every "
+            f"budget {plan.budget:g}, {plan.mode} mode, policy {plan.policy}, rule {plan.rule}, a share for every "
             f"{plan.granularity}, objective {plan.objective}",
         ),
         ("Numbers", f"{text.dtype} on {text.device}, seed {text.seed}"),
