@@ -12,33 +12,16 @@ given true positions, as its own pipeline does.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
-import venv
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-KVPRESS = "kvpress==0.5.5"
+from kvpress_environment import run_inside
+
 STEPS = 32
-
-
-def set_up(folder: Path) -> Path:
-    """Make the environment, if it is not there, with the torch that runs here; its Python."""
-    import torch
-
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        constraint = folder / "constraint.txt"
-        # pip's constraints take no local part (+cpu) unless it is given, and then only from where it is found.
-        constraint.write_text(f"torch=={torch.__version__.split('+')[0]}\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", KVPRESS, "-c", constraint], check=True)
-        (folder / "ready").touch()
-    return python
 
 
 def measure(model_folder: str, ids: list[int], repeats: int) -> list[dict[str, Any]]:
@@ -125,12 +108,9 @@ def main() -> None:
     ids = loaded.tokenizer(text)["input_ids"]
     ids = (ids * -(-arguments.tokens // len(ids)))[: arguments.tokens]
     folder = Path(loaded.model.config._name_or_path)
-    python = set_up((arguments.environment or folder.parent / "kvpress").absolute())
-    with tempfile.TemporaryDirectory() as temporary:
-        asked = Path(temporary) / "asked.json"
-        asked.write_text(json.dumps({"model": str(folder), "ids": ids, "repeats": arguments.repeats}))
-        answer = subprocess.run([python, __file__, "--inside", asked], check=True, stdout=subprocess.PIPE, text=True)
-    rows = json.loads(answer.stdout.splitlines()[-1])
+    environment = (arguments.environment or folder.parent / "kvpress").absolute()
+    asked = {"model": str(folder), "ids": ids, "repeats": arguments.repeats}
+    (rows,) = run_inside(environment, __file__, asked)
     arguments.output.write_text(json.dumps(rows, indent=1))
     print("| press | compression | bytes kept | decode speed-up, wall | CPU | prefill over plain, wall | CPU |")
     print("|---|---|---|---|---|---|---|")
