@@ -27,7 +27,7 @@ def blockwise_attention(
     kv_heads, tail = call.key.shape[1], call.key.shape[2]
     rows, group = batch * kv_heads, heads // kv_heads
     query = (call.query.float() * call.scaling).reshape(rows, group, queries, head_dim)
-    keys, values, bias = blocks.keys.float(), blocks.values.float(), blocks.bias[:, None]
+    keys, values, bias, owner = blocks.keys.float(), blocks.values.float(), blocks.bias.unsqueeze(1), blocks.owner
     tail_keys, tail_values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
     outputs, masses = [], []
     piece = max(1, LOGITS // (group * (blocks.bias.numel() + rows * tail)))
@@ -36,27 +36,29 @@ def blockwise_attention(
         asked = query[:, :, low:high].flatten(1, 2)
         recent = torch.bmm(asked, tail_keys.mT)
         if call.softcap is None:
-            old = torch.baddbmm(bias, asked[blocks.owner], keys.mT)
+            old = torch.baddbmm(bias, asked.index_select(0, owner), keys.mT)
         else:
             _cap(recent, call.softcap)
-            old = _cap(torch.bmm(asked[blocks.owner], keys.mT), call.softcap).add_(bias)
+            old = _cap(torch.bmm(asked.index_select(0, owner), keys.mT), call.softcap).add_(bias)
         hidden = hidden_tail(call, low, high, padding)
         if hidden is not None:
             recent.view(batch, kv_heads, -1, high - low, tail).masked_fill_(hidden[:, None, None], MASKED)
-        owner = blocks.owner[:, None].expand(-1, asked.shape[1])
-        largest = recent.amax(-1).scatter_reduce_(0, owner, old.amax(-1), "amax")
+        # One number per row and query, the last dimension kept.
+        largest_old = old.amax(-1, keepdim=True)
+        largest = recent.amax(-1, keepdim=True)
+        largest.scatter_reduce_(0, owner.view(-1, 1, 1).expand_as(largest_old), largest_old, "amax")
         if sinks is not None:
             aside = sinks.float().view(kv_heads, group, 1).expand(batch, -1, -1, high - low).reshape(largest.shape)
             largest = torch.maximum(largest, aside)
-        old.sub_(largest[blocks.owner][..., None]).exp_()
-        recent.sub_(largest[..., None]).exp_()
-        total = recent.sum(-1).scatter_add_(0, owner, old.sum(-1))
+        old.sub_(largest.index_select(0, owner)).exp_()
+        recent.sub_(largest).exp_()
+        total = recent.sum(-1, keepdim=True).index_add_(0, owner, old.sum(-1, keepdim=True))
         if sinks is not None:
             total += (aside - largest).exp_()
-        output = torch.bmm(recent, tail_values).index_add_(0, blocks.owner, torch.bmm(old, values))
-        outputs.append(output.div_(total[..., None]).view(batch, heads, high - low, -1))
+        output = torch.bmm(recent, tail_values).index_add_(0, owner, torch.bmm(old, values))
+        outputs.append(output.div_(total).view(batch, heads, high - low, -1))
         if mass:
-            masses.append(received(recent.div_(total[..., None]), call, low, high, padding))
+            masses.append(received(recent.div_(total), call, low, high, padding))
     whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     whole = whole.transpose(1, 2).contiguous().to(call.value.dtype)
     return whole, reduce(torch.add, masses).view(batch, kv_heads, tail) if mass else None
