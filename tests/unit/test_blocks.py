@@ -80,9 +80,7 @@ def test_what_was_appended_to_stays_as_it_was():
     assert lists_of(old) == [[1.0, 2.0]] * HEADS
 
 
-@pytest.mark.parametrize(
-    ("tokens", "size"), [(1, 16), (1024, 16), (2047, 16), (2048, 32), (8191, 64), (10**6, 128)]
-)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 16), (1024, 16), (2047, 16), (2048, 32), (8191, 64), (10**6, 128)])
 def test_blocks_grow_with_the_text(tokens, size):
     assert block_size(tokens) == size
     assert SMALLEST <= size <= LARGEST
