@@ -15,7 +15,7 @@ finished rows are: an interrupted run goes on. Prints a table of steps, writes J
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rivals import track_on_stderr
 from safetensors.numpy import load_file, save
 
 import kvprofile
@@ -287,13 +288,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def track(items: Iterable[Any], label: str) -> Iterator[Any]:
-    items = list(items)
-    for number, item in enumerate(items, start=1):
-        log(f"{label}: document {number} of {len(items)}")
-        yield item
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", type=Path, help="for its statistics, and its plan as the last line")
@@ -321,7 +315,9 @@ def main() -> None:
     loaded = kvprofile.load_model(arguments.model or profile.model.name)
     methods = methods_of(loaded, profile, arguments)
     store = open_store(arguments.output.with_suffix(".rows.jsonl"))
-    rows = run_fidelity(loaded, make_documents(loaded, choices), methods, store, seed=choices.seed, track=track)
+    rows = run_fidelity(
+        loaded, make_documents(loaded, choices), methods, store, seed=choices.seed, track=track_on_stderr()
+    )
     results = results_of(rows, facts_of(loaded, choices, {arguments.profile.stem: profile}, {}))
     write_results(results, rows, arguments.output, judged=[OWN])
     text = ablation_table(results["methods"], arguments.budgets)

@@ -110,11 +110,10 @@ def _fidelity_measure(loaded: LoadedModel, context: Tensor, probes: Sequence[Pro
 
     def read(method: Method) -> tuple[list[Tensor], Measured]:
         with filled.cache(method) as own:
+            size = _size(loaded, own, len(context))
             rows = read_parts(loaded.model, own, [probe.tokens for probe in probes])
-            # The scored rows of every probe, `(rows, vocabulary)`.
-            return [row[probe.scored] for row, probe in zip(rows, probes, strict=True)], _size(
-                loaded, own, len(context)
-            )
+        # The scored rows of every probe, `(rows, vocabulary)`.
+        return [row[probe.scored] for row, probe in zip(rows, probes, strict=True)], size
 
     @cache
     def reference() -> tuple[list[Tensor], Measured]:

@@ -17,7 +17,6 @@ from kvprofile.evaluate.fidelity import fill
 from kvprofile.evaluate.methods import Method
 from kvprofile.runtime.cache import MergedCache
 from kvprofile.runtime.merger import KVMerger
-from kvprofile.runtime.settings import Settings
 
 
 class Filled:
@@ -50,10 +49,9 @@ class Filled:
 
     def _record(self, merger: KVMerger) -> MergedCache:
         """The context read under settings that would merge every layer, with nothing merged."""
-        settings: Settings = merger.settings
         layers = {
             index: replace(layer, share=torch.zeros_like(layer.share), exact=True)
-            for index, layer in settings.layers.items()
+            for index, layer in merger.settings.layers.items()
         }
         recorded = MergedCache(self.model.config, layers, merger.attachment)
         for layer in recorded.merged:
