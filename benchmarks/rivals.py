@@ -6,45 +6,51 @@
 Contexts are read, compressed by the real runtime cache, and only then read from: passages of them again (recall), key-value
 lines planted in them (look-up) and the text that follows (continuation). KL(full || compressed) in nats per token with 95%
 bootstrap intervals over documents, paired differences from the full cache's likelihoods and from the best rival, slots and
-bytes as stored. By damage are the policies whose curves the profile holds. Finished rows are kept beside the output and used
-again where nothing that decides them has changed: an interrupted run goes on. Prints the table, writes JSON, Markdown, PNG.
+bytes as stored. The damage of policies that the profile holds no curves for is measured first, on built-in text. Curves and
+finished rows are kept beside the output and used again where nothing that decides them has changed: an interrupted run goes
+on. Prints the table, writes JSON, Markdown, PNG.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from single_policies import Source, by_damage, evenly, held, measured_source
+
 import kvprofile
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.bench import run_fidelity
-from kvprofile.evaluate.methods import Method, damage_methods, profile_methods, uniform_methods
+from kvprofile.evaluate.methods import Method, profile_methods
 from kvprofile.evaluate.results import results_of, write_results
 from kvprofile.evaluate.rows import open_store
 from kvprofile.evaluate.run import Choices, facts_of, make_documents
 from kvprofile.evaluate.tables import main_table
 from kvprofile.merging.policies import POLICIES
+from kvprofile.models import LoadedModel
 from kvprofile.profile import Profile
 from kvprofile.tracking import Track
 
 OWN = "the profile's plan"
 
 
-def methods_of(profile: Profile, path: Path, budgets: list[float], policies: list[str]) -> list[Method]:
+def methods_of(loaded: LoadedModel, profile: Profile, arguments: argparse.Namespace) -> list[Method]:
     """All methods; what cannot be had at a budget is told on stderr and left out."""
-    arrays = kvprofile.load_arrays(profile, path)
+    arrays = kvprofile.load_arrays(profile, arguments.profile)
+    policies = {name: POLICIES[name] for name in arguments.policies}
+    unknown = {name: policy for name, policy in policies.items() if held(profile, policy) is None}
+    source_of = dict.fromkeys(policies, Source(profile, arrays["damage_mean"]))
+    if unknown:
+        folder = arguments.curves or arguments.output.with_suffix(".curves")
+        source_of |= dict.fromkeys(unknown, measured_source(loaded, profile, unknown, folder, arguments.samples))
     methods = []
-    for budget in budgets:
-        makers = [lambda budget=budget: profile_methods(OWN, profile, arrays, [budget])]
-        for name in policies:
-            makers += [
-                lambda name=name, budget=budget: uniform_methods(profile, [name], [budget]),
-                lambda name=name, budget=budget: damage_methods(profile, arrays, [name], [budget]),
-            ]
-        for make in makers:
+    for budget in arguments.budgets:
+        methods += profile_methods(OWN, profile, arrays, [budget])
+        for name, policy in policies.items():
+            methods.append(evenly(f"{name}, uniform", budget, profile, name, policy))
             try:
-                methods += make()
+                methods.append(by_damage(f"{name}, by damage", budget, source_of[name], name, policy))
             except KVProfileError as error:
-                print(f"left out: {error}", file=sys.stderr)
+                print(f"left out: {name} by damage: {error}", file=sys.stderr)
     return methods
 
 
@@ -66,12 +72,16 @@ def main() -> None:
     parser.add_argument(
         "--text", action="append", default=[], metavar="KIND=SPEC", help="as kvprofile calibrate --data"
     )
+    parser.add_argument("--samples", type=int, default=2, help="of built-in text, to measure damage on")
+    parser.add_argument("--curves", type=Path, help="folder of measured damage; default: beside the output")
     parser.add_argument("--documents", type=int, default=8, help="of each text")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=Path("rivals.json"))
     arguments = parser.parse_args()
     profile = kvprofile.load_profile(arguments.profile)
+    if profile.statistics.damage is None:
+        parser.error(f"{arguments.profile} holds no damage curves; calibrate with the rule damage")
     choices = Choices(
         profiles=(arguments.profile,),
         texts=tuple(arguments.text) or ("builtin",),
@@ -79,8 +89,8 @@ def main() -> None:
         tokens=arguments.tokens,
         seed=arguments.seed,
     )
-    methods = methods_of(profile, arguments.profile, arguments.budgets, arguments.policies)
     loaded = kvprofile.load_model(arguments.model or profile.model.name)
+    methods = methods_of(loaded, profile, arguments)
     store = open_store(arguments.output.with_suffix(".rows.jsonl"))
     rows = run_fidelity(
         loaded, make_documents(loaded, choices), methods, store, seed=choices.seed, track=track_on_stderr()

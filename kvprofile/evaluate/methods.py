@@ -73,17 +73,3 @@ def uniform_plan(profile: Profile, name: str, budget: float) -> dict[str, Any]:
         layer["heads"] = [{"policy": name, "epsilon": ANCHOR_EPSILON, "share": budget} for _ in layer["heads"]]
     values["plan"]["mode"] = "exact"
     return values
-
-
-def damage_methods(
-    profile: Profile, arrays: Mapping[str, NDArray[Any]], names: Sequence[str], budgets: Sequence[float]
-) -> list[Method]:
-    """Single policies with shares by their measured damage, for those of the `names` whose damage the profile holds."""
-    curves = [] if profile.statistics.damage is None else profile.statistics.damage.policies
-    methods = []
-    for budget in budgets:
-        for name in names:
-            if name in curves:
-                plan = replan(profile, arrays["damage_mean"], budget, policy=name, rule="damage", mode="exact")
-                methods.append(Method(f"{name}, by damage", budget, plan.model_dump(mode="json")))
-    return methods
