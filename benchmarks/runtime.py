@@ -7,22 +7,22 @@ Stock is transformers' DynamicCache with SDPA. Stock and merged runs alternate a
 medians are printed, wall and CPU time. A decode figure covers 32 steps, one merge of aged tokens among them. `limit` is the
 ratio that a step without any attention cost would reach (the same model with one token of context). Live bytes are those of
 all tensors that a prefill leaves behind, found by walking the garbage collector's objects, not by formula. Peak memory is the
-resident memory of a process of its own above what it was before the prefill, sampled every two milliseconds.
+largest resident memory during a prefill above what it was before, as Linux keeps it, in processes of their own whose allocator
+gives freed memory back at once (or it would hide in what loading the model left), stock and merged in turn.
 """
 
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -32,6 +32,8 @@ from kvprofile.plans import replan
 
 PROFILES = Path(__file__).parent.parent / "profiles"
 STEPS = 32  # a chunk: the runtime merges once in so many steps
+# glibc: memory goes back to the system as soon as it is freed.
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 LONG = 4096  # past this length: one prefill, batch 1, the first model, budgets that merge; to keep the run short
 
 
@@ -157,7 +159,8 @@ def decode(bench: Bench, caches: dict[Any, Any], length: int, batch: int, repeat
 def peak(name: str, cache: str, length: int) -> int:
     """Bytes of resident memory a prefill needs at its peak, in a process of its own."""
     command = [sys.executable, __file__, "--peak", name, cache, str(length)]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | RETURNING)
+    return int(done.stdout)
 
 
 def measure_peak(name: str, cache: str, length: int) -> None:
@@ -165,21 +168,16 @@ def measure_peak(name: str, cache: str, length: int) -> None:
     own = bench.names[-1]
     bench.read(own, bench.cache(own), bench.tokens(16))
     gc.collect()
-    process = psutil.Process()
-    before, highest, done = process.memory_info().rss, 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, process.memory_info().rss)
-            time.sleep(0.002)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is now what it is
+    before = resident("VmHWM")
     bench.read(own, bench.cache(own), bench.tokens(length))
-    done.set()
-    sampler.join()
-    print(highest - before)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """A field of this process' status, in bytes: VmHWM is its resident memory at its highest."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
 
 
 def table(rows: list[dict[str, Any]], what: str, columns: dict[str, str]) -> None:
@@ -224,10 +222,12 @@ def main() -> None:
         del bench
         gc.collect()
         length = min(max(arguments.lengths), LONG)
-        stock = peak(name, "stock", length)
-        for budget in [budget for budget in arguments.budgets if budget < 1]:
-            row = {"model": name, "what": "peak", "length": length, "budget": budget, "stock_mib": stock / 2**20}
-            rows.append(row | {"peak": peak(name, str(budget), length) / stock})
+        budgets = [str(budget) for budget in arguments.budgets if budget < 1]
+        rounds = [{cache: peak(name, cache, length) for cache in ("stock", *budgets)} for _ in range(arguments.repeats)]
+        stock = median(one["stock"] for one in rounds)
+        for budget in budgets:
+            row = {"model": name, "what": "peak", "length": length, "budget": float(budget), "stock_mib": stock / 2**20}
+            rows.append(row | {"peak": median(one[budget] for one in rounds) / stock})
     arguments.output.write_text(json.dumps(rows, indent=1))
     place = {"model": "{model}", "tokens": "{length}", "budget": "{budget:g}"}
     figures = {"wall": "{wall:.2f}", "CPU": "{cpu:.2f}"}
