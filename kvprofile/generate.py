@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from kvprofile.errors import KVProfileError
-from kvprofile.evaluate.check import stock_bytes
 from kvprofile.models import LoadedModel
+from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 
 
@@ -69,6 +69,6 @@ def generate(
     stored = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     token_bytes = sum(2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in stored)
     if merger is None:
-        return Generation(text, seen, seen, stock_bytes(cache), seen * token_bytes)
+        return Generation(text, seen, seen, allocated_bytes(cache), seen * token_bytes)
     lengths = [count for index in merger.settings.layers for row in cache.slots()[index] for count in row]
     return Generation(text, seen, sum(lengths) / len(lengths), cache.nbytes(), seen * token_bytes)

@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.answers import answer
-from kvprofile.evaluate.check import stock_bytes
 from kvprofile.evaluate.fidelity import distance, make_trial, negative_log_likelihood, read_parts
 from kvprofile.evaluate.filled import Filled
 from kvprofile.evaluate.methods import FULL, Method
@@ -22,7 +21,7 @@ from kvprofile.evaluate.tasks.task import Example, Task
 from kvprofile.fingerprint import model_facts
 from kvprofile.models import LoadedModel
 from kvprofile.planting import plant
-from kvprofile.runtime.cache import MergedCache
+from kvprofile.runtime.cache import MergedCache, allocated_bytes
 from kvprofile.samples import Sample
 from kvprofile.tracking import Track, untracked
 
@@ -204,7 +203,7 @@ def _scores(named: tuple[str, Task], example: Example, text: str) -> dict[str, f
 
 def _size(loaded: LoadedModel, filled: Cache, tokens: int) -> Measured:
     if not isinstance(filled, MergedCache):
-        return Measured({}, 1.0, stock_bytes(filled))
+        return Measured({}, 1.0, allocated_bytes(filled))
     kinds = model_facts(loaded.model.config)["attention"]
     slots = [slots for slots, kind in zip(filled.slots(), kinds, strict=True) if kind == "full_attention"]
     return Measured({}, float(np.mean(slots)) / tokens, filled.nbytes())

@@ -13,6 +13,7 @@ from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, r
 from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.plans import replan
 from kvprofile.profile import Achieved, Check, Fidelity, ModeCheck, Profile
+from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 from kvprofile.samples import Sample
 from kvprofile.tracking import Track, untracked
@@ -50,7 +51,7 @@ def check_profile(
         trial = make_trial(sample.context, sample.continuation, seed=seed * 1_000_003 + index)
         full: list[int] = []
         stock = DynamicCache(config=model.config)
-        reference = read_through(model, stock, trial, lambda cache: full.append(stock_bytes(cache)))  # noqa: B023
+        reference = read_through(model, stock, trial, lambda cache: full.append(allocated_bytes(cache)))  # noqa: B023
         for name, merger in mergers.items():
             rows, ratio, size = run_merged(model, merger, trial, profile.attention_layers())
             recall, continuation = (distance(*pair) for pair in zip(reference, rows, strict=True))
@@ -106,16 +107,6 @@ def run_merged(
     finally:
         merger.detach()
     return rows, *measured[0]
-
-
-def stock_bytes(cache: Cache) -> int:
-    """Bytes a stock cache has allocated for keys and values."""
-    return sum(
-        part.untyped_storage().nbytes()
-        for layer in cache.layers
-        for part in (layer.keys, layer.values)
-        if part is not None
-    )
 
 
 def _same(profile: Profile, uniform: Profile) -> bool:

@@ -81,13 +81,18 @@ class MergedCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values and every side tensor, slack included."""
-        tensors = [
-            tensor
-            for layer in self.layers
-            for tensor in (layer.tensors() if isinstance(layer, MergedLayer) else _tensors(vars(layer)))
-        ]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
+        return allocated_bytes(self)
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes of every tensor that a cache holds, merged or stock, counted once where layers share one."""
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (layer.tensors() if isinstance(layer, MergedLayer) else _tensors(vars(layer)))
+    ]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _tensors(held: Any) -> list[Tensor]:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, Lfm2Config, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from kvprofile import KVMerger
 from kvprofile.merging.policies import POLICIES
 from kvprofile.runtime.blocks import block_size
-from kvprofile.runtime.cache import MergedCache
+from kvprofile.runtime.cache import MergedCache, allocated_bytes
 from kvprofile.runtime.settings import CHUNK
 from tests.unit.merge_reference import REPLAYED, read
 from tests.unit.tiny_models import VOCAB, head, profile_values, random_model, tiny_model, tiny_text, uniform_values
@@ -270,3 +271,10 @@ def test_a_share_of_less_than_a_slot_a_chunk_is_kept_too(share):
         assert excess[-1] <= max(CHUNK, 1 / share) + 4 + 32 + 1
     # After a merge there is no more than that, at the end as at the beginning.
     assert min(excess[-20:]) <= 4 + 32 + 1
+
+
+def test_a_stock_cache_of_states_and_keys_counts_both():
+    attention, states = DynamicLayer(), LinearAttentionLayer()
+    attention.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 8))
+    states.update_conv_state(torch.zeros(1, 12, 4))
+    assert allocated_bytes(Cache(layers=[attention, states])) == 4 * (2 * 5 * 16 + 2 * 5 * 8 + 12 * 4)
