@@ -1,6 +1,7 @@
 """The bench's plots: quality against bytes, and the needle's grid."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvprofile.evaluate.rows import Row
 
 DPI = 150
 COLUMNS = 3
+CROWDED = 20
 LEGEND_ROWS = 14  # that fit beside one line of panels
 MARKS = "osD^v<>PX*"
 
@@ -31,7 +33,8 @@ def save(figure: Figure, path: Path) -> Path:
 def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> Figure:
     """A panel for each measure: its mean with interval against the bytes kept, a line for each method.
 
-    The methods named in `judged` are drawn in strong lines; the full cache is a dashed line.
+    The methods named in `judged` are drawn in strong lines; the full cache is a dashed line. Of more than `CROWDED` methods
+    no eye can tell the names: those that end alike after a comma, "h2o, uniform" and "snapkv, uniform", then share a colour.
     """
     measures = [
         name
@@ -41,18 +44,22 @@ def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> 
     columns = min(COLUMNS, len(measures))
     lines = -(-len(measures) // columns)
     methods = [name for name in dict.fromkeys(entry["method"] for entry in summary) if name != FULL]
-    legend_columns = -(-(len(methods) + 1) // (LEGEND_ROWS * lines))
+    crowded = len(methods) > CROWDED
+    labels = {name: name.rsplit(", ", 1)[-1] if crowded and name not in judged else name for name in methods}
+    kinds = [*dict.fromkeys(labels.values())]
+    legend_columns = -(-(len(kinds) + 1) // (LEGEND_ROWS * lines))
     figure = Figure(figsize=(4.2 * columns + 2.4 * legend_columns, 3.2 * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    colours = dict(zip(methods, sns.color_palette("husl", len(methods)), strict=True))
+    palette = dict(zip(kinds, sns.color_palette("husl", len(kinds)), strict=True))
+    looks = {name: _Look(label, palette[label], name in judged, crowded) for name, label in labels.items()}
     shown: dict[str, Any] = {}
     for axis, measure in zip(axes, measures, strict=False):
-        _panel(axis, [entry for entry in summary if measure in entry["measures"]], measure, colours, judged)
-        handles, labels = axis.get_legend_handles_labels()
-        shown |= dict(zip(labels, handles, strict=True))
+        _panel(axis, [entry for entry in summary if measure in entry["measures"]], measure, looks)
+        handles, found = axis.get_legend_handles_labels()
+        shown |= dict(zip(found, handles, strict=True))
     for axis in axes[len(measures) :]:
         axis.set_visible(False)
-    names = [name for name in (*methods, FULL) if name in shown]
+    names = [name for name in (*kinds, FULL) if name in shown]
     figure.legend(
         [shown[name] for name in names],
         names,
@@ -64,28 +71,37 @@ def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> 
     return figure
 
 
-def _panel(
-    axis: Axes, entries: Sequence[dict[str, Any]], measure: str, colours: dict[str, Any], judged: Sequence[str]
-) -> None:
-    for number, method in enumerate(colours):
+@dataclass(frozen=True)
+class _Look:
+    """How a method is drawn: its name in the legend, its colour, in strong lines or not, among very many or few."""
+
+    label: str
+    colour: Any
+    strong: bool
+    crowded: bool
+
+
+def _panel(axis: Axes, entries: Sequence[dict[str, Any]], measure: str, looks: dict[str, _Look]) -> None:
+    for number, (method, look) in enumerate(looks.items()):
         points = sorted((entry["bytes"], entry["measures"][measure]) for entry in entries if entry["method"] == method)
         if not points:
             continue
         means = np.array([estimate["mean"] for _, estimate in points])
         ends = np.array([estimate["interval"] for _, estimate in points]).T
-        strong = method in judged
+        faint = look.crowded and not look.strong
         axis.errorbar(
             [place for place, _ in points],
             means,
-            yerr=np.abs(ends - means),
-            label=method,
-            color="black" if strong else colours[method],
-            marker=MARKS[number % len(MARKS)],
+            yerr=None if faint else np.abs(ends - means),
+            label=look.label,
+            color="black" if look.strong else look.colour,
+            alpha=0.6 if faint else 1.0,
+            marker="." if faint else MARKS[number % len(MARKS)],
             markersize=5,
-            linewidth=2.2 if strong else 1.1,
+            linewidth=2.2 if look.strong else 1.1,
             elinewidth=0.7,
             capsize=2,
-            zorder=3 if strong else 2,
+            zorder=3 if look.strong else 2,
         )
     full = next((entry["measures"][measure]["mean"] for entry in entries if entry["method"] == FULL), None)
     if measure.endswith(" KL"):

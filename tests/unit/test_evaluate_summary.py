@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kvprofile.evaluate.figures import quality_figure
 from kvprofile.evaluate.intervals import bootstrap, equal_groups
 from kvprofile.evaluate.methods import FULL
 from kvprofile.evaluate.rows import Row
@@ -108,3 +109,17 @@ def test_who_keeps_more_than_asked_is_no_rival():
     line = next(line for line in main_table(list(summary.values())).splitlines() if "h2o" in line)
     assert "| 0.530 over |" in line
     assert "**" not in line
+
+
+def test_the_legend_of_very_many_methods_names_their_kinds():
+    def entry(method):
+        measure = {"recall KL": {"mean": 0.1, "interval": [0.05, 0.2]}}
+        return {"method": method, "slots_asked": 0.5, "bytes": 0.5, "measures": measure}
+
+    def legend(count):
+        summary = [entry(f"m{number}, {how}") for number in range(count) for how in ("uniform", "by damage")]
+        figure = quality_figure([entry("ours"), *summary], ["ours"])
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    assert legend(2) == ["ours", "m0, uniform", "m0, by damage", "m1, uniform", "m1, by damage"]
+    assert legend(10) == ["ours", "uniform", "by damage"]
