@@ -15,18 +15,15 @@ finished rows are: an interrupted run goes on. Prints a table of steps, writes J
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from rivals import OWN, track_on_stderr
+from every_method import OWN, add_arguments, compare
 from single_policies import Source, by_damage, evenly, held, measured_source
 
 import kvprofile
-from kvprofile.evaluate.bench import PARTS, run_fidelity
+from kvprofile.evaluate.bench import PARTS
 from kvprofile.evaluate.methods import Method, profile_methods
-from kvprofile.evaluate.results import results_of, write_results
-from kvprofile.evaluate.rows import digest, open_store
-from kvprofile.evaluate.run import Choices, facts_of, make_documents
+from kvprofile.evaluate.rows import digest
 from kvprofile.evaluate.tables import OVER_MARK, table
 from kvprofile.files import atomic_write
 from kvprofile.merging.combine import Combination
@@ -101,7 +98,7 @@ def methods_of(loaded: LoadedModel, profile: Profile, arguments: argparse.Namesp
     steps = {budget: {step.name: step.policy(published(budget)) for step in STEPS} for budget in arguments.budgets}
     every = [policy for own in steps.values() for policy in own.values()]
     unknown = {own_name(policy): policy for policy in every if held(profile, policy) is None}
-    found = measured_source(loaded, profile, unknown, arguments.output.with_suffix(".curves"), count=arguments.samples)
+    found = measured_source(loaded, profile, unknown, arguments.curves, arguments.samples)
     known = Source(profile, arrays["damage_mean"])
     methods = []
     for budget, own in steps.items():
@@ -144,37 +141,10 @@ def cells(entry: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", type=Path, help="for its statistics, and its plan as the last line")
-    parser.add_argument("--model", help="default: the profile's")
+    add_arguments(parser, "ablation.json")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--samples", type=int, default=4, help="of built-in text, to measure damage on")
-    parser.add_argument(
-        "--text", action="append", default=[], metavar="KIND=SPEC", help="as kvprofile calibrate --data"
-    )
-    parser.add_argument("--documents", type=int, default=8, help="of each text")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path, default=Path("ablation.json"))
-    arguments = parser.parse_args()
-    profile = kvprofile.load_profile(arguments.profile)
-    if profile.statistics.damage is None:
-        parser.error(f"{arguments.profile} holds no damage curves; calibrate with the rule damage")
-    choices = Choices(
-        profiles=(arguments.profile,),
-        texts=tuple(arguments.text) or ("builtin",),
-        documents=arguments.documents,
-        tokens=arguments.tokens,
-        seed=arguments.seed,
-    )
-    loaded = kvprofile.load_model(arguments.model or profile.model.name)
-    methods = methods_of(loaded, profile, arguments)
-    store = open_store(arguments.output.with_suffix(".rows.jsonl"))
-    rows = run_fidelity(
-        loaded, make_documents(loaded, choices), methods, store, seed=choices.seed, track=track_on_stderr()
-    )
-    results = results_of(rows, facts_of(loaded, choices, {arguments.profile.stem: profile}, {}))
-    write_results(results, rows, arguments.output, judged=[OWN])
-    text = ablation_table(results["methods"], arguments.budgets)
+    arguments, summary = compare(parser, methods_of)
+    text = ablation_table(summary, arguments.budgets)
     atomic_write(arguments.output.with_suffix(".steps.md"), text + "\n")
     print(text)
 

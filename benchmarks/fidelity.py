@@ -19,12 +19,13 @@ import numpy as np
 from transformers import DynamicCache
 
 import kvprofile
-from kvprofile.evaluate.check import run_merged, stock_bytes
+from kvprofile.evaluate.check import run_merged
 from kvprofile.evaluate.fidelity import distance, make_trial, read_through
 from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.evaluate.methods import uniform_plan
 from kvprofile.merging.policies import POLICIES
 from kvprofile.plans import MODES, replan
+from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 
 UNIFORM = ("h2o", "snapkv", "streaming", "kvmerger")
@@ -35,7 +36,7 @@ def plans(profile: Any, damage: Any, budget: float, wanted: list[str]) -> dict[s
     made: dict[str, dict[str, Any]] = {}
     singles = profile.statistics.damage.policies if profile.statistics.damage else []
     for name in UNIFORM:
-        made[f"{name}, uniform"] = uniform_plan(profile, name, budget)
+        made[f"{name}, uniform"] = uniform_plan(profile, name, POLICIES[name], budget)
     for name in singles:
         # The same shares, met to the slot or by the thresholds that keep them on average.
         for mode in MODES if POLICIES[name].affinity == "cosine" else ("exact",):
@@ -87,7 +88,7 @@ def main() -> None:
             loaded.model,
             DynamicCache(config=loaded.model.config),
             trial,
-            lambda cache: sizes.append(stock_bytes(cache)),  # noqa: B023
+            lambda cache: sizes.append(allocated_bytes(cache)),  # noqa: B023
         )
         for budget in arguments.budgets:
             for name, values in plans(profile, damage, budget, arguments.plans).items():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 import kvprofile
-from kvprofile.evaluate.methods import ANCHOR_EPSILON, Method
+from kvprofile.evaluate.methods import ANCHOR_EPSILON, Method, uniform_plan
 from kvprofile.evaluate.rows import digest, identity
 from kvprofile.files import atomic_write
 from kvprofile.measure import damage as damage_module
@@ -48,7 +48,7 @@ class Source:
 
 def evenly(label: str, budget: float, profile: Profile, name: str, policy: Policy) -> Method:
     """The policy with the same share in every head."""
-    return _as_method(label, budget, profile, name, policy, share=budget)
+    return Method(label, budget, uniform_plan(profile, name, policy, budget))
 
 
 def by_damage(label: str, budget: float, source: Source, name: str, policy: Policy) -> Method:
@@ -56,21 +56,10 @@ def by_damage(label: str, budget: float, source: Source, name: str, policy: Poli
     planned = replan(
         source.profile, source.curves, budget, policy=name, rule="damage", granularity="head", mode="exact"
     )
-    return _as_method(label, budget, planned, name, policy)
-
-
-def _as_method(
-    label: str, budget: float, planned: Profile, name: str, policy: Policy, *, share: float | None = None
-) -> Method:
-    """One policy with a share for every head or with the plan's own; where it goes by a threshold, by KVMerger's."""
-    values = planned.model_dump(mode="json")
-    values["policies"] = {name: policy.to_dict()}
-    values["plan"]["mode"] = "exact"
-    for layer in values["plan"]["layers"]:
-        layer["heads"] = [
-            {"policy": name, "epsilon": ANCHOR_EPSILON, "share": head["share"] if share is None else share}
-            for head in layer["heads"]
-        ]
+    values = uniform_plan(planned, name, policy, budget)
+    for layer, own in zip(values["plan"]["layers"], planned.plan.layers, strict=True):
+        for head, planned_head in zip(layer["heads"], own.heads, strict=True):
+            head["share"] = planned_head.share
     return Method(label, budget, values)
 
 

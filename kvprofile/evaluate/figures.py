@@ -16,7 +16,7 @@ from kvprofile.evaluate.rows import Row
 
 DPI = 150
 COLUMNS = 3
-CROWDED = 20
+CROWDED = 20  # methods in one picture
 LEGEND_ROWS = 14  # that fit beside one line of panels
 MARKS = "osD^v<>PX*"
 
@@ -51,7 +51,10 @@ def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> 
     figure = Figure(figsize=(4.2 * columns + 2.4 * legend_columns, 3.2 * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     palette = dict(zip(kinds, sns.color_palette("husl", len(kinds)), strict=True))
-    looks = {name: _Look(label, palette[label], name in judged, crowded) for name, label in labels.items()}
+    looks = {
+        name: _Look(label, palette[label], strong=name in judged, faint=crowded and name not in judged)
+        for name, label in labels.items()
+    }
     shown: dict[str, Any] = {}
     for axis, measure in zip(axes, measures, strict=False):
         _panel(axis, [entry for entry in summary if measure in entry["measures"]], measure, looks)
@@ -73,12 +76,12 @@ def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class _Look:
-    """How a method is drawn: its name in the legend, its colour, in strong lines or not, among very many or few."""
+    """How a method is drawn: its name in the legend, its colour, in strong lines or faint ones without intervals."""
 
     label: str
     colour: Any
     strong: bool
-    crowded: bool
+    faint: bool
 
 
 def _panel(axis: Axes, entries: Sequence[dict[str, Any]], measure: str, looks: dict[str, _Look]) -> None:
@@ -88,15 +91,14 @@ def _panel(axis: Axes, entries: Sequence[dict[str, Any]], measure: str, looks: d
             continue
         means = np.array([estimate["mean"] for _, estimate in points])
         ends = np.array([estimate["interval"] for _, estimate in points]).T
-        faint = look.crowded and not look.strong
         axis.errorbar(
             [place for place, _ in points],
             means,
-            yerr=None if faint else np.abs(ends - means),
+            yerr=None if look.faint else np.abs(ends - means),
             label=look.label,
             color="black" if look.strong else look.colour,
-            alpha=0.6 if faint else 1.0,
-            marker="." if faint else MARKS[number % len(MARKS)],
+            alpha=0.6 if look.faint else 1.0,
+            marker="." if look.faint else MARKS[number % len(MARKS)],
             markersize=5,
             linewidth=2.2 if look.strong else 1.1,
             elinewidth=0.7,

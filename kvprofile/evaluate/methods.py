@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from kvprofile.merging.policies import POLICIES
+from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.plans import replan
 from kvprofile.profile import Profile
 
@@ -61,14 +61,16 @@ def profile_methods(
 def uniform_methods(profile: Profile, names: Sequence[str], budgets: Sequence[float]) -> list[Method]:
     """Policies of `POLICIES` with the same share of slots in every head, met exactly, for the profile's model."""
     return [
-        Method(f"{name}, uniform", budget, uniform_plan(profile, name, budget)) for budget in budgets for name in names
+        Method(f"{name}, uniform", budget, uniform_plan(profile, name, POLICIES[name], budget))
+        for budget in budgets
+        for name in names
     ]
 
 
-def uniform_plan(profile: Profile, name: str, budget: float) -> dict[str, Any]:
-    """A profile's JSON values with one policy and one share for every head."""
+def uniform_plan(profile: Profile, name: str, policy: Policy, budget: float) -> dict[str, Any]:
+    """A profile's JSON values with one policy, called `name`, and one share for every head."""
     values = profile.model_dump(mode="json")
-    values["policies"] = {name: POLICIES[name].to_dict()}
+    values["policies"] = {name: policy.to_dict()}
     for layer in values["plan"]["layers"]:
         layer["heads"] = [{"policy": name, "epsilon": ANCHOR_EPSILON, "share": budget} for _ in layer["heads"]]
     values["plan"]["mode"] = "exact"
