@@ -2,25 +2,29 @@
 
 import hashlib
 import json
-import math
 import platform
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 import kvprofile
+from kvprofile.digests import code_digest, weights_digest
 from kvprofile.errors import KVProfileError
 from kvprofile.fingerprint import model_facts
 from kvprofile.models import LoadedModel
 
-# The code that decides a measurement. Texts and examples are hashed themselves, and answers are scored anew.
-DECIDING = ("merging", "runtime", *(f"evaluate/{name}.py" for name in ("answers", "bench", "fidelity", "methods")))
-WEIGHTS_READ = 64  # of each parameter
+# Code that decides no measurement: what it makes (models, texts, plans, tasks' examples) is hashed itself.
+MAKERS = tuple(
+    f"kvprofile.{name}"
+    for name in (
+        *("gguf_models", "model_names", "models", "samples", "planting", "evaluate.tasks"),
+        *("allocate", "plans", "profile", "rules", "solve"),
+        *("errors", "evaluate.rows", "files", "tracking"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -123,37 +127,13 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
     model = loaded.model
     return {
         "model": model_facts(model.config)["config_hash"],
-        "weights": _weights(model),
+        "weights": weights_digest(model),
         "tokenizer": digest(loaded.tokenizer.chat_template, len(loaded.tokenizer)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "code": code_digest(),
+        "code": code_digest("kvprofile.evaluate.bench", but=MAKERS),
         "kvprofile": kvprofile.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 of the source files that decide a measurement."""
-    root = Path(kvprofile.__file__).parent
-    places = [root / name for name in DECIDING]
-    files = sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
-    hashed = hashlib.sha256()
-    for path in files:
-        hashed.update(path.relative_to(root).as_posix().encode())
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()
-
-
-def _weights(model: PreTrainedModel) -> str:
-    """A digest of some numbers of every parameter: another training changes nearly all of them."""
-    hashed = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        step = max(1, math.ceil(len(flat) / WEIGHTS_READ))
-        hashed.update(name.encode())
-        hashed.update(flat[::step].float().cpu().numpy().tobytes())
-    return hashed.hexdigest()

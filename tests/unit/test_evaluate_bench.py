@@ -141,9 +141,9 @@ def test_finished_rows_are_used_again_and_only_where_they_are_true(loaded, sampl
         measured.clear()
         with monkeypatch.context() as patch:
             if change == "weights":
-                patch.setattr(rows, "_weights", lambda _model: "other")
+                patch.setattr(rows, "weights_digest", lambda _model: "other")
             if change == "code":
-                patch.setattr(rows, "code_digest", lambda: "other")
+                patch.setattr(rows, "code_digest", lambda *_, **__: "other")
             run_fidelity(loaded, samples[:1], plans[:1], open_store(path), seed=int(change == "seed"))
         assert measured == [FULL, "h2o 0.5"]
 
