@@ -5,11 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime.attention import AttentionCall
-from kvprofile.runtime.backends import blockwise, ragged_attention, suited, varlen
+from kvprofile.runtime.backends import headwise, ragged_attention, suited, varlen
 from kvprofile.runtime.backends.blockwise import blockwise_attention
+from kvprofile.runtime.backends.headwise import headwise_attention
 from kvprofile.runtime.backends.varlen import varlen_attention, widened
 from kvprofile.runtime.blocks import append, empty_blocks
 
@@ -124,6 +127,10 @@ def by_blocks(call, slots, **options):
     return blockwise_attention(call, in_blocks(slots), **options)
 
 
+def by_heads(call, slots, **options):
+    return headwise_attention(call, in_blocks(slots), **options)
+
+
 def through_kernel(call, slots, **options):
     return varlen_attention(call, in_blocks(widened(slots)), **options)
 
@@ -132,7 +139,7 @@ def as_stored(call, slots, **options):
     return ragged_attention(call, in_blocks(suited(slots, call)), **options)
 
 
-BACKENDS = {"blockwise": by_blocks, "varlen": through_kernel}
+BACKENDS = {"blockwise": by_blocks, "headwise": by_heads, "varlen": through_kernel}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -164,16 +171,39 @@ def test_no_slots_at_all(name):
     check(BACKENDS[name], call, make_slots(call, [0, 0, 0, 0]))
 
 
-def test_many_queries_in_blocks(monkeypatch):
-    monkeypatch.setattr(blockwise, "LOGITS", 700)  # two queries of this call at a time
-    call = make_call(queries=9)
-    check(by_blocks, call, make_slots(call, [7, 30, 0, 12]), left_padding(call, [3, 0]))
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_many_queries_a_few_at_a_time(monkeypatch, softcap):
+    monkeypatch.setattr(headwise, "LOGITS", 0)
+    monkeypatch.setattr(headwise, "LEAST", 6)  # two queries of this call's three heads at a time
+    call = make_call(queries=9, softcap=softcap)
+    extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0])
+    check(by_heads, call, make_slots(call, [7, 30, 0, 12]), left_padding(call, [3, 0]), extra)
 
 
-def test_logits_so_large_that_they_would_overflow_unshifted():
+@pytest.mark.parametrize("name", ["blockwise", "headwise"])
+def test_logits_so_large_that_they_would_overflow_unshifted(name):
     call = make_call(queries=3)
     call.query.mul_(80)
-    check(by_blocks, call, make_slots(call, [7, 30, 0, 12]))
+    check(BACKENDS[name], call, make_slots(call, [7, 30, 0, 12]))
+
+
+def test_many_queries_keep_few_logits_alive(monkeypatch):
+    """The largest tensor of a forward of many queries is far below all of its logits."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            largest.append(max(part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor)))
+            return made
+
+    monkeypatch.setattr(headwise, "LOGITS", 1 << 12)
+    call = make_call(queries=256, tail=256)
+    slots = in_blocks(make_slots(call, [70, 300, 0, 120]))
+    with Sizes():
+        ragged_attention(call, slots)
+    assert max(largest) <= max(1 << 15, call.query.numel())  # all logits of one head are 427,008
+    assert len(largest) < 10_000
 
 
 def test_the_processor_is_served_by_blocks_and_keeps_its_slots_narrow():
@@ -203,3 +233,4 @@ def test_on_a_gpu(softcap, sinks, padded, queries, dtype):
     extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0]) if sinks else None
     check(as_stored, call, slots, padding, extra)
     check(by_blocks, call, slots, padding, extra)
+    check(by_heads, call, slots, padding, extra)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime.backends.blockwise import blockwise_attention
+from kvprofile.runtime.backends.headwise import FEW, headwise_attention
 from kvprofile.runtime.backends.varlen import suits, varlen_attention, widened
 from kvprofile.runtime.blocks import Blocks
 
@@ -29,7 +30,11 @@ def ragged_attention(
     join the softmax and carry no value (GPT-OSS). Returns the output `(batch, queries, heads, value_dim)` and, with
     `mass`, the attention the tail received from queries that are not padding, `(batch, kv_heads, tail)` float32.
     """
-    attend = varlen_attention if blocks.keys.shape[-1] > call.key.shape[-1] else blockwise_attention
+    if blocks.keys.shape[-1] > call.key.shape[-1]:
+        attend = varlen_attention
+    else:
+        asked = call.query.shape[1] // call.key.shape[1] * call.query.shape[2]
+        attend = blockwise_attention if asked <= FEW else headwise_attention
     return attend(call, blocks, padding=padding, sinks=sinks, mass=mass)
 
 

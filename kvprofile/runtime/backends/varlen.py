@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXTRA = 8  # the kernel takes head dimensions in steps of 8
 LARGEST = 256
-LOGITS = 1 << 26  # logits of the tail alive at a time: many queries are taken in pieces
+LOGITS = 1 << 24  # logits of the tail alive at a time: many queries are taken in pieces
 
 
 def suits(call: "AttentionCall") -> bool:
