@@ -18,7 +18,8 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
     A is the attention of the newest 32 queries of the group over the slots (their share of a softmax that also covers the
     recent tokens), O their outputs over the tokens as they were, lambda = 0.01; the tenth of the slots that receives most
     keeps its values. The safe path: a head takes the change only if the squared error falls, in the precision it is
-    stored in, and only if it has lost tokens at all.
+    stored in, and only if it has lost tokens at all. AA' + lambda I is positive definite, so it is solved by Cholesky's
+    factorisation; a head for which rounding or a value that is no number makes that fail keeps its values too.
 
     Queries that do not see all of the merged tokens are left out; without any the slots stay as they are. So does every piece
     after the first: its queries are gone and other slots share the softmax.
@@ -52,10 +53,11 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
     error = wanted - recent - weights @ values
     free = weights * ~_most_attended(weights.sum(2), lengths.view(batch, kv_heads))[:, :, None]
     gram = free @ free.transpose(-1, -2) + RIDGE * torch.eye(group * asked, device=keys.device)
-    changed = values + free.transpose(-1, -2) @ torch.linalg.solve(gram, error)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    changed = values + free.transpose(-1, -2) @ torch.cholesky_solve(error, factor)
     changed = changed.to(slots.values.dtype).float()
     better = (wanted - recent - weights @ changed).square().sum((-1, -2)) < error.square().sum((-1, -2))
-    better &= lengths.view(batch, kv_heads) < tokens.keys.shape[2]
+    better &= (failed == 0) & (lengths.view(batch, kv_heads) < tokens.keys.shape[2])
     values = torch.where(better[..., None, None], changed, values).to(slots.values.dtype).flatten(0, 1)
     return Slots(slots.keys, values[~missing], slots.bias, slots.lengths)
 

@@ -340,7 +340,9 @@ def test_a_batch_is_its_rows_and_a_layer_its_heads(name, count):
         assert alone.lengths == together.lengths[row * 3 : row * 3 + 3]
         for found, wanted in zip(_heads(together)[row * 3 : row * 3 + 3], _heads(alone), strict=True):
             for part, expected in zip(found, wanted, strict=True):
-                torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
+                # A system of equations amplifies rounding, and its products are batched otherwise.
+                close = 1e-5 if policy.regression else 1e-6
+                torch.testing.assert_close(part, expected, rtol=close, atol=close)
     order = [2, 0, 1]
     permuted = merge_tokens(
         tokens.of_heads(order),
