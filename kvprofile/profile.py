@@ -384,7 +384,9 @@ class Profile(_Strict):
         from kvprofile.report.verdict import verdict
 
         facts = self.model
-        return f"<Profile of {facts.name}, {facts.layers} layers x {facts.kv_heads} KV heads. {verdict(self)}>"
+        return (
+            f"<Profile of {facts.name}, {facts.layers} layers x {facts.kv_heads} KV heads. {' '.join(verdict(self))}>"
+        )
 
     __str__ = __repr__
 

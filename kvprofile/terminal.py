@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvprofile.profile import Check, HeadPlan, Profile
+from kvprofile.profile import HeadPlan, Profile
 
 if TYPE_CHECKING:
     from kvprofile.doctor import Examination
     from kvprofile.estimate import Estimate
     from kvprofile.generate import Generation
     from kvprofile.model_names import Alias
+    from kvprofile.report.budgets import Cost
 
 BAR = 20
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -38,8 +39,8 @@ def generation_as_json(generation: "Generation") -> str:
     return json.dumps(asdict(generation), indent=1, ensure_ascii=False)
 
 
-def show(profile: Profile) -> None:
-    """Print the plan by layer with bars, the check and the persistence to stdout."""
+def show(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
+    """Print plan, verdict and persistence to stdout; `rows` are what other budgets would cost."""
     console = _console()
     plan, facts = profile.plan, profile.model
     console.print(
@@ -63,14 +64,14 @@ def show(profile: Profile) -> None:
     console.print(table)
     if stock := facts.layers - len(plan.layers):
         console.print(f"{stock} other layers (sliding or linear attention) keep their stock cache.")
-    console.print(_verdict(profile))
+    _say_verdict(console, profile, rows)
     if profile.statistics.persistence:
         console.print(_persistence(profile))
 
 
-def verdict(profile: Profile) -> None:
-    """Print the check's figures in a sentence or two to stderr."""
-    Console(stderr=True, soft_wrap=True).print(_verdict(profile))
+def verdict(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
+    """Print the judgement and the check's figures in a few sentences to stderr; `rows` are what other budgets would cost."""
+    _say_verdict(Console(stderr=True, soft_wrap=True), profile, rows)
 
 
 def estimate(model: str, told: "Estimate", as_json: bool) -> None:
@@ -131,29 +132,11 @@ def models(aliases: Sequence["Alias"], as_json: bool) -> None:
     Console().print(table)
 
 
-def _verdict(profile: Profile) -> str:
-    plan = profile.plan
-    if profile.check is None:
-        return f"Plan: keep {plan.predicted_ratio:.1%} of the slots (asked {plan.budget:.1%}). Not checked on held-out text."
-    check = profile.check
-    own = check.threshold if plan.mode == "threshold" and check.threshold else check.exact
-    lines = [
-        f"Asked to keep {plan.budget:.1%} of the slots; held-out text keeps {own.achieved.mean:.1%} "
-        f"(sd {own.achieved.std:.1%}, worst {own.achieved.worst:.1%}), {check.bytes_ratio:.1%} of the bytes.",
-        f"Against the full cache: KL {own.fidelity.recall_kl:.4f} nats on recall (same top token "
-        f"{own.fidelity.recall_top1:.1%}), {own.fidelity.continuation_kl:.4f} on continuation "
-        f"({own.fidelity.continuation_top1:.1%}).",
-    ]
-    if not _is_uniform(profile, check):
-        lines.append(
-            f"Uniform shares of the same size: KL {check.uniform.fidelity.recall_kl:.4f} on recall, "
-            f"{check.uniform.fidelity.continuation_kl:.4f} on continuation."
-        )
-    return "\n".join(lines)
+def _say_verdict(console: Console, profile: Profile, rows: Sequence["Cost"]) -> None:
+    from kvprofile.report.verdict import verdict as lines
 
-
-def _is_uniform(profile: Profile, check: Check) -> bool:
-    return check.exact == check.uniform
+    for line in lines(profile, rows):
+        console.print(escape(line), highlight=False)
 
 
 def _persistence(profile: Profile) -> Table:

@@ -188,7 +188,9 @@ def calibrate(
     if as_json:
         click.echo(terminal.as_json(profile))
     if not quiet:
-        terminal.verdict(profile)
+        from kvprofile.report.budgets import costs
+
+        terminal.verdict(profile, costs(profile, arrays))
         for path in written:
             click.echo(f"Wrote {path}", err=True)
 

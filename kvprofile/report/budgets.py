@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.plans import replan
 from kvprofile.profile import Profile
+from kvprofile.storage import load_arrays
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -24,11 +26,15 @@ class Cost:
     nbytes: int | None
 
 
-def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]]) -> list[Cost]:
+def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]] | None) -> list[Cost]:
     """The budgets of `GRID` and the profile's own, in rising order; those out of the plan's reach are left out.
+
+    Nothing where no arrays are at hand or no damage was measured.
 
     All with the plan's own settings. The profile's own row is the plan it carries, not a new one.
     """
+    if arrays is None or profile.statistics.damage is None:
+        return []
     damage = arrays["damage_mean"].astype(np.float64)
     rows = []
     for budget in sorted({*GRID, profile.plan.budget}):
@@ -40,6 +46,15 @@ def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]]) -> list[C
             continue
         rows.append(Cost(budget, plan.predicted_damage, uniform.predicted_damage, merged_bytes(profile, budget)))
     return rows
+
+
+def arrays_beside(profile: Profile, path: Path) -> dict[str, NDArray[np.generic]] | None:
+    """The arrays beside the profile saved at `path`, or None where they are not there.
+
+    Raises KVProfileError where the file is not the one the profile was saved with.
+    """
+    beside = profile.statistics.arrays
+    return load_arrays(profile, path) if beside is not None and (path.parent / beside.file).exists() else None
 
 
 def merged_bytes(profile: Profile, budget: float) -> int | None:

@@ -12,15 +12,16 @@ from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.files import atomic_write
 from kvprofile.profile import Profile
 from kvprofile.report import captions
-from kvprofile.report.budgets import costs, merged_bytes
+from kvprofile.report.budgets import arrays_beside, costs, merged_bytes
 from kvprofile.report.facts import about, persistence_table
 from kvprofile.report.figures import Subject, draw
 from kvprofile.report.heads import Arrays, Head, chosen_heads, common_threshold, ranked
+from kvprofile.report.judgement import judge
 from kvprofile.report.numbers import number, percent, size
 from kvprofile.report.plan_maps import policy_names, slots_map
 from kvprofile.report.style import NARROW, WIDE, inline_svg, png
-from kvprofile.report.verdict import check_table, tiles, verdict
-from kvprofile.storage import load_arrays, load_profile
+from kvprofile.report.verdict import check_table, evidence, tiles, verdict
+from kvprofile.storage import load_profile
 
 LISTED = 10  # heads at each end of the ranking
 
@@ -41,8 +42,7 @@ def make_subject(
         for index in indices or ():
             if not 0 <= index < count:
                 raise UsageError(f"{thing} {index} is out of range; {profile.model.name} has {thing}s 0 to {count - 1}")
-    rows = [] if arrays is None or profile.statistics.damage is None else costs(profile, arrays)
-    return Subject(name, profile, arrays, rows, chosen_heads(profile, layers, heads))
+    return Subject(name, profile, arrays, costs(profile, arrays), chosen_heads(profile, layers, heads))
 
 
 def read_subject(path: Path, *, layers: list[int] | None = None, heads: list[int] | None = None) -> Subject:
@@ -51,10 +51,7 @@ def read_subject(path: Path, *, layers: list[int] | None = None, heads: list[int
     Raises KVProfileError if the profile cannot be read or the arrays are not those it was saved with.
     """
     profile = load_profile(path)
-    beside = profile.statistics.arrays
-    at_hand = beside is not None and (path.parent / beside.file).exists()
-    arrays = load_arrays(profile, path) if at_hand else None
-    return make_subject(path.stem, profile, arrays, layers=layers, heads=heads)
+    return make_subject(path.stem, profile, arrays_beside(profile, path), layers=layers, heads=heads)
 
 
 def write_report(subjects: Sequence[Subject], path: Path, *, force: bool = False) -> Path:
@@ -111,7 +108,8 @@ def _side(prefix: str, subject: Subject, policies: Sequence[str], *, alone: bool
         "day": profile.created.time[:10],
         "command": profile.created.command,
         "about": about(profile),
-        "verdict": verdict(profile),
+        "judgement": judge(profile, subject.costs),
+        "evidence": evidence(profile),
         "tiles": tiles(profile),
         "check": {"header": header, "rows": rows},
         "missing": _missing(subject),

@@ -17,6 +17,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None or not np.isfinite(value) else f"{value:.1%}"
 
 
+def rough(value: float) -> str:
+    """A share as one says it: whole percent, and one digit after the point below 2%."""
+    return f"{value:.1%}" if 0 < value < 0.02 else f"{value:.0%}"
+
+
 def size(nbytes: int | None) -> str:
     """Bytes in the unit one would say them in."""
     if nbytes is None:

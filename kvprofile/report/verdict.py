@@ -1,33 +1,51 @@
-"""The check in words and tables: what was asked, what was achieved, at what cost, against uniform shares."""
+"""The verdict in words and tables: whether it is worth it, what was asked and achieved, and what uniform shares do."""
+
+from collections.abc import Sequence
 
 from kvprofile.profile import Fidelity, Profile
+from kvprofile.report.budgets import Cost
+from kvprofile.report.judgement import judge, prediction_remark
 from kvprofile.report.measured import kinds_of, measured_damage, own_check
 from kvprofile.report.numbers import number, percent
 
+READ = {"recall": "passages of the context repeated", "continuation": "the text that follows it"}
 
-def verdict(profile: Profile) -> str:
-    """The check in one sentence."""
+
+def verdict(profile: Profile, rows: Sequence[Cost] = ()) -> list[str]:
+    """The judgement and what it rests on, a sentence or two an entry: for the terminal, the report and notebooks alike.
+
+    `rows` are what other budgets would cost; without them only the plan's own budget is judged.
+    """
+    judgement = judge(profile, rows)
+    return [f"{judgement.word}. {judgement.reason}", *evidence(profile)]
+
+
+def evidence(profile: Profile) -> list[str]:
+    """What was asked, achieved and measured, and what uniform shares do instead."""
     plan, check = profile.plan, profile.check
     if check is None:
         predicted = (
             "" if plan.predicted_damage is None else f", at a predicted damage of {number(plan.predicted_damage)} nats"
         )
-        return (
-            f"Keeps {percent(plan.predicted_ratio)} of the KV slots (asked {percent(plan.budget)}){predicted}; "
-            "not checked on held-out text."
-        )
+        return [
+            f"Keeps {percent(plan.predicted_ratio)} of the slots (asked {percent(plan.budget)}){predicted}; not checked on "
+            "held-out text."
+        ]
     own = own_check(profile)
-    kept = (
-        f"Keeps {percent(own.achieved.mean)} of the KV slots (asked {percent(plan.budget)}) and "
-        f"{percent(check.bytes_ratio)} of the bytes; on held-out text the answers move by KL {_kinds(own.fidelity, 'kl')} "
-        f"and keep the same top token {_kinds(own.fidelity, 'top1')} of the time"
-    )
+    lines = [
+        f"Asked to keep {percent(plan.budget)} of the slots; held-out text keeps {percent(own.achieved.mean)} "
+        f"(sd {percent(own.achieved.std)}, worst {percent(own.achieved.worst)}), {percent(check.bytes_ratio)} of the bytes.",
+        f"Against the full cache, in nats per token: {_kinds(own.fidelity)}.",
+    ]
     if own == check.uniform:
-        return f"{kept}; every head has the same share."
-    own_kl, even_kl = (measured_damage(mode.fidelity, plan.objective) for mode in (own, check.uniform))
-    times = f", {_times(own_kl, even_kl)}" if own_kl > 0 else ""
-    moved = f"move them by {_kinds(check.uniform.fidelity, 'kl')}{times}"
-    return f"{kept}; uniform shares of the same size ({check.uniform_policy}) {moved}."
+        lines.append("Every head has the same share.")
+    else:
+        own_kl, even_kl = (measured_damage(mode.fidelity, plan.objective) for mode in (own, check.uniform))
+        times = f", {_times(own_kl, even_kl)}" if own_kl > 0 else ""
+        moved = ", ".join(f"{number(_kl(check.uniform.fidelity, kind))} on {kind}" for kind in kinds_of(own.fidelity))
+        lines.append(f"Uniform shares of the same size ({check.uniform_policy}): KL {moved}{times}.")
+    remark = prediction_remark(profile)
+    return [*lines, remark] if remark else lines
 
 
 def tiles(profile: Profile) -> list[tuple[str, str, str]]:
@@ -84,13 +102,19 @@ def check_table(profile: Profile) -> tuple[list[str], list[list[str]]]:
 
 
 def _times(own: float, even: float) -> str:
-    return f"{number(even / own)} times as far" if even >= own else f"{number(own / even)} times less far"
+    return f"{number(even / own)} times as much" if even >= own else f"{number(own / even)} times less"
 
 
-def _kinds(fidelity: Fidelity, figure: str) -> str:
-    shown = percent if figure == "top1" else number
-    parts = [f"{shown(getattr(fidelity, f'{kind}_{figure}'))} ({kind})" for kind in kinds_of(fidelity)]
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+def _kinds(fidelity: Fidelity) -> str:
+    parts = []
+    for kind in kinds_of(fidelity):
+        top = percent(getattr(fidelity, f"{kind}_top1"))
+        parts.append(f"KL {number(_kl(fidelity, kind))} on {kind} ({READ[kind]}; same top token {top})")
+    return ", ".join(parts)
+
+
+def _kl(fidelity: Fidelity, kind: str) -> float:
+    return float(getattr(fidelity, f"{kind}_kl"))
 
 
 def _divergence(fidelity: Fidelity, kind: str) -> str:

@@ -12,6 +12,8 @@ import pytest
 from kvprofile import load_profile
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
+from kvprofile.report.judgement import judge
+from kvprofile.report.verdict import evidence
 from tests.unit.builders import build_profile
 from tests.unit.conftest import run
 
@@ -104,16 +106,17 @@ def test_the_verdict_tells_what_the_check_measured(real):
     values = json.loads(real[0].read_text())
     check, words = values["check"], Page(real[2]).words["verdict"]
     own, even = check["exact"], check["uniform"]
-    assert (
-        f"Keeps {100 * own['achieved']['mean']:.1f}% of the KV slots (asked {100 * values['plan']['budget']:.1f}%)"
-        in words
-    )
+    judgement = judge(real[1].profile, real[1].costs)
+    assert judgement.word in words
+    for line in (judgement.reason, *evidence(real[1].profile)):
+        assert line in words
+    assert f"held-out text keeps {100 * own['achieved']['mean']:.1f}%" in words
     assert f"{100 * check['bytes_ratio']:.1f}% of the bytes" in words
-    moved = re.search(r"move by KL (\S+) \(recall\) and (\S+) \(continuation\)", words)
+    moved = re.search(r"KL (\S+) on recall .*, KL (\S+) on continuation", words)
     assert close(moved[1], own["fidelity"]["recall_kl"])
     assert close(moved[2], own["fidelity"]["continuation_kl"])
-    assert f"{100 * own['fidelity']['recall_top1']:.1f}% (recall)" in words
-    times = re.search(r"(\S+) times as far", words)
+    assert f"same top token {100 * own['fidelity']['recall_top1']:.1f}%" in words
+    times = re.search(r"uniform.*, (\S+) times as much", words, re.IGNORECASE)
     totals = [mode["fidelity"]["recall_kl"] + mode["fidelity"]["continuation_kl"] for mode in (even, own)]
     assert close(times[1], totals[0] / totals[1])
     rows = {row[0]: row[1:] for row in Page(real[2]).table("")}
@@ -223,8 +226,8 @@ def test_nothing_measured_is_a_dash_or_a_sentence():
 
 def test_a_plan_that_is_the_uniform_one_is_not_set_against_itself():
     page = Page(report_html([make_subject("tiny", build_profile(), None)]))
-    assert "every head has the same share" in page.words["verdict"]
-    assert "times as far" not in page.words["verdict"]
+    assert "Every head has the same share" in page.words["verdict"]
+    assert "times as much" not in page.words["verdict"]
 
 
 def test_names_are_text_not_markup():

@@ -15,14 +15,14 @@ def test_its_repr_says_what_it_does(tiny_profile):
     profile = load_profile(tiny_profile)
     text = repr(profile)
     assert text == str(profile)
-    assert text.startswith("<Profile of tiny, 2 layers x 2 KV heads. Keeps ")
-    assert f"{100 * profile.check.exact.achieved.mean:.1f}% of the KV slots (asked 50.0%)" in text
+    assert text.startswith("<Profile of tiny, 2 layers x 2 KV heads. ")
+    assert f"held-out text keeps {100 * profile.check.exact.achieved.mean:.1f}%" in text
     assert "not checked" in repr(build_profile(check=None))
 
 
 def test_a_notebook_shows_it(tiny_profile):
     shown = load_profile(tiny_profile)._repr_html_()
-    assert "Keeps " in shown
+    assert "held-out text keeps " in shown
     assert "data:image/png;base64," in shown
     assert "://" not in re.sub(r"base64,[^\"]*", "", shown)
     assert "<b>" not in build_profile(name="<b>bold</b>")._repr_html_()
