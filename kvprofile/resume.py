@@ -6,13 +6,12 @@ its index, so a run that is taken up again ends with the very numbers of one tha
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import kvprofile
 from kvprofile.errors import KVProfileError
@@ -56,7 +55,7 @@ class Checkpoint:
                 )
         for kind in facts["kinds"]:
             statistics.ratios.of_kind(kind)
-        saved, targets = load_file(self.path), dict(_arrays(statistics, ""))
+        saved, targets = load_file(self.path), statistics.state()
         if {name: array.shape for name, array in saved.items()} != {name: a.shape for name, a in targets.items()}:
             raise KVProfileError(f"{self.path} does not hold what this calibration measures; {_ANEW}")
         for name, target in targets.items():
@@ -68,7 +67,7 @@ class Checkpoint:
         from safetensors.numpy import save
 
         facts = {"run": dict(self.run), "samples": samples, "kinds": sorted(statistics.ratios.kinds)}
-        arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(statistics, "")}
+        arrays = {name: np.ascontiguousarray(array) for name, array in statistics.state().items()}
         atomic_write(self.path, save(arrays, metadata={"kvprofile": json.dumps(facts)}))
 
 
@@ -109,16 +108,6 @@ def _facts(path: Path) -> dict[str, Any]:
             return json.loads(file.metadata()["kvprofile"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise KVProfileError(f"{path} is damaged or no checkpoint of kvprofile ({error}); {_ANEW}") from error
-
-
-def _arrays(part: object, path: str) -> Iterator[tuple[str, NDArray[np.generic]]]:
-    """Every array an accumulator holds, also in the accumulators it is made of, by the path of its attributes."""
-    inner = part.items() if isinstance(part, dict) else vars(part).items()
-    for name, value in inner:
-        if isinstance(value, np.ndarray):
-            yield f"{path}{name}", value
-        elif isinstance(value, dict) or type(value).__module__.startswith("kvprofile.measure."):
-            yield from _arrays(value, f"{path}{name}/")
 
 
 def _weights_digest(model: Any) -> str:

@@ -29,6 +29,10 @@ class AdjacentSimilarity:
         self.keys[layer] += _histogram(adjacent_cosine(keys))
         self.values[layer] += _histogram(adjacent_cosine(values))
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return {"keys": self.keys, "values": self.values}
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.keys += other.keys

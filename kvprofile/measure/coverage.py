@@ -29,6 +29,10 @@ class MassCoverage:
         tokens = np.arange(len(covered) + 1) / len(covered)
         self.moments.update(layer, np.interp(shares, tokens, np.concatenate([[0.0], covered / covered[-1]])))
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return self.moments.state()
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.moments.merge(other.moments)

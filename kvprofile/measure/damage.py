@@ -58,6 +58,10 @@ class DamageCurves:
         """Add one sample's layer."""
         self.moments.update(layer, damage(reading, [policy for _, policy in self.policies], self.kinds))
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return self.moments.state()
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.moments.merge(other.moments)

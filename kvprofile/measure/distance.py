@@ -31,6 +31,10 @@ class SimilarityByDistance:
         self.sums[layer, :, : tokens - 1] += correlation.double().cpu().numpy()
         self.pairs[layer, : tokens - 1] += np.arange(tokens - 1, 0, -1)
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return {"sums": self.sums, "pairs": self.pairs}
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.sums += other.sums

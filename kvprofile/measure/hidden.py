@@ -21,6 +21,10 @@ class AttentionChange:
         cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
         self.moments.update(layer, np.array(float(cosine.mean())))
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return self.moments.state()
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.moments.merge(other.moments)

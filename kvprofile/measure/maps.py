@@ -33,6 +33,10 @@ class SimilarityMap:
         self.sums[layer] += pooled.double().cpu().numpy()
         self.samples[layer] += 1
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return {"sums": self.sums, "samples": self.samples}
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.sums += other.sums

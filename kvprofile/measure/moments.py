@@ -10,7 +10,7 @@ class Moments:
     """Running mean and variance of arrays of shape `(layers, *shape)`, one layer at a time.
 
     Updates follow Welford, merges Chan, Golub and LeVeque (1979), in float64: exact enough that the order of samples
-    shows only in the last digits.
+    shows only in the last digits. Merging the moments of one sample is the same, to the bit, as updating with it.
     """
 
     def __init__(self, layers: int, shape: tuple[int, ...]) -> None:
@@ -25,14 +25,19 @@ class Moments:
         self.mean[layer] += delta / self.count[layer]
         self.squares[layer] += delta * (value - self.mean[layer])
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         total = self.count + other.count
         ones = (slice(None), *(None,) * (self.mean.ndim - 1))
-        weight = np.divide(other.count, total, out=np.zeros(len(total)), where=total > 0)[ones]
+        parts = np.divide(total, other.count, out=np.full(len(total), np.inf), where=other.count > 0)
         delta = other.mean - self.mean
-        self.squares += other.squares + delta**2 * weight * self.count[ones]
-        self.mean += delta * weight
+        # In the form of `update`, so that merging one sample gives the very bits of updating with it.
+        self.mean += delta / parts[ones]
+        self.squares += other.squares + delta * (other.mean - self.mean) * other.count[ones]
         self.count = total
 
     def std(self) -> NDArray[np.float64]:

@@ -43,6 +43,12 @@ class CompressionRatios:
         """The moments of one kind of text, begun when it is first met."""
         return self.kinds.setdefault(kind, Moments(self.layers, self.shape))
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by kind of text and name: what is kept on disk."""
+        return {
+            f"{kind}/{name}": array for kind, moments in self.kinds.items() for name, array in moments.state().items()
+        }
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         for kind, moments in other.kinds.items():

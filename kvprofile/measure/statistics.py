@@ -75,6 +75,20 @@ class Statistics:
         protected = protected_tokens(protection, aged, heavy)[0]
         self.ratios.update(layer, kind, aged.keys[0], protected, apart=recent)
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by accumulator and name: what is kept on disk."""
+        states = {
+            "adjacent": self.adjacent.state(),
+            "distance": self.distance.state(),
+            "map": self.map.state(),
+            "ratios": self.ratios.state(),
+            "coverage": self.coverage.state(),
+            "window": self.window.state(),
+            "change": self.change.state(),
+            "damage": {} if self.damage is None else self.damage.state(),
+        }
+        return {f"{part}/{name}": array for part, state in states.items() for name, array in state.items()}
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.adjacent.merge(other.adjacent)

@@ -39,6 +39,10 @@ class WindowAttention:
         index = place.long().clamp_(0, BINS - 1).reshape(-1)
         self.histogram[layer] += torch.bincount(index, minlength=BINS).cpu().numpy()
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that hold all that was seen, by name: what is kept on disk."""
+        return {**self.moments.state(), "histogram": self.histogram}
+
     def merge(self, other: Self) -> None:
         """Add all that `other` has seen."""
         self.moments.merge(other.moments)

@@ -174,6 +174,19 @@ def test_moments_are_numpys(data, seed, offset):
         np.testing.assert_allclose(first.std()[layer], expected, rtol=1e-6, atol=1e-9)
 
 
+def test_merging_one_sample_at_a_time_is_updating_to_the_bit():
+    values = np.random.default_rng(3).lognormal(0, 9, (40, 2, 3, 2))
+    updated, merged = Moments(2, (3, 2)), Moments(2, (3, 2))
+    for index, value in enumerate(values):
+        alone = Moments(2, (3, 2))
+        for layer in (0, 1) if index % 3 else (1,):
+            updated.update(layer, value[layer])
+            alone.update(layer, value[layer])
+        merged.merge(alone)
+    for name, array in updated.state().items():
+        assert array.tobytes() == merged.state()[name].tobytes(), name
+
+
 # Compression ratios.
 
 
