@@ -9,7 +9,13 @@ tokens) and not token by token, so slots of earlier pieces are not touched again
 is the mean of the piece; protected tokens, which include the recent ones, take nothing in. KeepKV's key is the mean weighted
 by attention; the published factor ln(w) that makes one query's output exact is left out, since w is an estimate over many
 queries here.
+
+Looking through all survivors would cost as much as a share of attention itself and more on a GPU, where keys are compared in
+float32: past 2,048 survivors (a prompt of 4,096 tokens at half its slots) a token chooses from the 2,048 about it in the text.
+Keys carry their position, so that similar ones are near: at 4,096 tokens of a book even the nearest 128 give the same KL.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +27,7 @@ from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import mean_attention
 
 BLOCK = 256  # lost tokens at a time: their cosines stay in the cache of a processor
+WINDOW = 2048  # receivers a lost token chooses from, those nearest to it in the text
 
 
 def nearest(losses: Losses, combination: Combination) -> Slots:
@@ -44,22 +51,48 @@ def nearest(losses: Losses, combination: Combination) -> Slots:
 def _most_similar(keys: Tensor, lost: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor]:
     """For every lost token the cosine with the most similar receiver of its head, and which token that is.
 
-    Both `(batch, kv_heads, tokens)`; elsewhere, and where a head has no receiver, the cosine is -inf.
+    Both `(batch, kv_heads, tokens)`; elsewhere, and where a head has no receiver, the cosine is -inf. Where a head has more
+    than `WINDOW` receivers, only those about a token are looked at.
     """
-    unit = F.normalize(keys.float(), dim=-1)
-    best = unit.new_full(lost.shape, -torch.inf)
-    owner = torch.zeros_like(lost, dtype=torch.long)
+    # One column more than tokens: what is not asked for is written there.
+    best = keys.new_full((*lost.shape[:2], lost.shape[2] + 1), -torch.inf, dtype=torch.float32)
+    owner = torch.zeros_like(best, dtype=torch.long)
     asking, offering = _places(lost), _places(receivers)
-    if not asking.numel() or not offering.numel():
-        return best, owner
-    absent = ~receivers.gather(-1, offering)
-    offered = _rows(unit, offering).transpose(-1, -2)
+    if asking.numel() and offering.numel():
+        pairs = _all_pairs if offering.shape[-1] <= WINDOW else _windows
+        for places, offered in pairs(lost, asking, receivers, offering):
+            similar = _unit(keys, places.clamp_max(lost.shape[2] - 1)) @ _unit(keys, offered).transpose(-1, -2)
+            absent = ~receivers.gather(-1, offered)
+            found = similar.masked_fill_(absent[:, :, None], -torch.inf).max(-1)
+            best.scatter_(-1, places, found.values)
+            owner.scatter_(-1, places, offered.gather(-1, found.indices))
+    return best[..., :-1].masked_fill(~lost, -torch.inf), owner[..., :-1]
+
+
+def _all_pairs(_lost: Tensor, asking: Tensor, _receivers: Tensor, offering: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every block of lost tokens with every receiver: places `(batch, kv_heads, block)` and `(batch, kv_heads, receivers)`."""
     for places in asking.split(BLOCK, dim=-1):
-        similar = _rows(unit, places) @ offered
-        found = similar.masked_fill_(absent[:, :, None], -torch.inf).max(-1)
-        best.scatter_(-1, places, found.values)
-        owner.scatter_(-1, places, offering.gather(-1, found.indices))
-    return best.masked_fill_(~lost, -torch.inf), owner
+        yield places, offering
+
+
+def _windows(lost: Tensor, asking: Tensor, receivers: Tensor, offering: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every block of lost tokens with the `WINDOW` receivers about its middle, half of them on either side.
+
+    A head's lost tokens are cut into as many blocks as its receivers need for a block to lie between few of them, so that
+    the window reaches far to both sides of every token in it. Places beyond a block are one past the last token.
+    """
+    most = asking.shape[-1]
+    blocks = max(-(-most // BLOCK), -(-4 * offering.shape[-1] // WINDOW))
+    number, offered = lost.sum(-1, keepdim=True), receivers.sum(-1, keepdim=True)
+    before = receivers.long().cumsum(-1)
+    step = torch.arange(-(-most // blocks), device=lost.device)
+    across = torch.arange(WINDOW, device=lost.device)
+    for block in range(blocks):
+        begin, end = number * block // blocks, number * (block + 1) // blocks
+        places = asking.gather(-1, (begin + step).clamp_max(most - 1))
+        middle = asking.gather(-1, ((begin + end) // 2).clamp_max(most - 1))
+        first = torch.minimum(before.gather(-1, middle) - WINDOW // 2, offered - WINDOW).clamp_min(0)
+        yield torch.where(begin + step < end, places, lost.shape[-1]), offering.gather(-1, first + across)
 
 
 def _places(marked: Tensor) -> Tensor:
@@ -68,5 +101,7 @@ def _places(marked: Tensor) -> Tensor:
     return marked.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
 
 
-def _rows(unit: Tensor, places: Tensor) -> Tensor:
-    return unit.gather(2, places[..., None].expand(-1, -1, -1, unit.shape[-1]))
+def _unit(keys: Tensor, places: Tensor) -> Tensor:
+    """Directions of the keys at the places, float32."""
+    rows = keys.gather(2, places[..., None].expand(-1, -1, -1, keys.shape[-1]))
+    return F.normalize(rows.float(), dim=-1)
