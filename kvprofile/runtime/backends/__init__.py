@@ -8,7 +8,7 @@ from torch import Tensor
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime.backends.blockwise import blockwise_attention
 from kvprofile.runtime.backends.headwise import FEW, headwise_attention
-from kvprofile.runtime.backends.varlen import suits, varlen_attention, widened
+from kvprofile.runtime.backends.varlen import unsuited, varlen_attention, widened
 from kvprofile.runtime.blocks import Blocks
 
 if TYPE_CHECKING:
@@ -40,4 +40,4 @@ def ragged_attention(
 
 def suited(slots: Slots, call: "AttentionCall") -> Slots:
     """The slots as the back end of the call's layer reads them."""
-    return widened(slots) if suits(call) else slots
+    return widened(slots) if unsuited(call) is None else slots

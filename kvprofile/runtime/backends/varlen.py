@@ -23,17 +23,23 @@ LARGEST = 256
 LOGITS = 1 << 24  # logits of the tail alive at a time: many queries are taken in pieces
 
 
-def suits(call: "AttentionCall") -> bool:
-    """True if the kernel can serve this layer: device, its capability, dtype, head dimensions, no soft cap."""
+def unsuited(call: "AttentionCall") -> str | None:
+    """Why the kernel cannot serve this layer, in a clause; None if it can."""
     key, value = call.key, call.value
-    if key.device.type != "cuda" or key.dtype not in (torch.float16, torch.bfloat16) or call.softcap is not None:
-        return False
+    if key.device.type != "cuda":
+        return "the kernel is CUDA's"
+    if key.dtype not in (torch.float16, torch.bfloat16):
+        return "the kernel takes float16 and bfloat16"
+    if call.softcap is not None:
+        return "the kernel takes no soft cap"
     dims = key.shape[-1]
     if dims != value.shape[-1] or dims % EXTRA or dims + EXTRA > LARGEST:
-        return False
+        return f"the kernel takes head dimensions in steps of {EXTRA} up to {LARGEST - EXTRA}"
     # The kernel came with an earlier torch, its arguments as used here with this one.
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return version >= (2, 13) and torch.cuda.get_device_capability(key.device) >= (8, 0)
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        return f"the kernel needs torch 2.13, this is {torch.__version__}"
+    capability = torch.cuda.get_device_capability(key.device)
+    return None if capability >= (8, 0) else f"the kernel needs capability 8.0, this is {'{}.{}'.format(*capability)}"
 
 
 def widened(slots: Slots) -> Slots:
