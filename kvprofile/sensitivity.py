@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvprofile.errors import KVProfileError
 from kvprofile.measure.damage import Reading
 from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.regression import WINDOW
@@ -15,6 +16,8 @@ from kvprofile.probes import Probe
 from kvprofile.runtime.attention import AttentionCall
 
 DRAWS = 4  # answers drawn from the model's own prediction to estimate the curvature
+# float16 holds nothing below 6e-8, where the gradients of large models lie. The first scale that does not overflow is taken.
+_SCALES = (2.0**12, 2.0**6, 1.0, 2.0**-6)
 
 
 def read_probe(
@@ -71,22 +74,42 @@ def read_probe(
     observer.read(probe.context, on_context, keep=True)
     logits = observer.read(probe.tokens, on_probe, grad=True)
     outputs = [attended[layer][1] for layer in layers]
-    gradients = _gradients(logits, outputs, seed)
+    gradients, scale = _gradients(logits, outputs, seed)
     tokens = len(probe.context)
     with torch.no_grad():
         for index, layer in enumerate(layers):
-            call, output = attended.pop(layer)
+            call, _ = attended.pop(layer)
             mass, windows, queries = scores.pop(layer)
             context = Tokens(call.key[:, :, :tokens], call.value[:, :, :tokens], mass, windows, 0, tokens, queries)
-            reading = Reading(context, call, output[0], torch.stack([draw[index][0] for draw in gradients]), probe.kind)
-            watch_probe(layer, reading)
+            slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
+            watch_probe(layer, Reading(context, call, slopes, probe.kind))
 
 
-def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> list[tuple[Tensor, ...]]:
-    """Gradients of the log-probability of drawn tokens with respect to the attention outputs, one tuple per draw."""
+def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> tuple[list[tuple[Tensor, ...]], float]:
+    """Gradients of the log-probability of drawn tokens with respect to the attention outputs, one tuple per draw.
+
+    They are multiplied by a power of two, returned with them, where the range of the model's dtype asks for it. Raises
+    KVProfileError where they are not finite.
+    """
     with torch.enable_grad():  # whatever the caller's mode, like the forward the logits come from
         log_probabilities = torch.log_softmax(logits.float(), dim=-1)
         generator = torch.Generator(device=logits.device).manual_seed(seed)
         drawn = torch.multinomial(log_probabilities.detach().exp(), DRAWS, replacement=True, generator=generator)
         chosen = [log_probabilities.gather(1, drawn[:, draw : draw + 1]).sum() for draw in range(DRAWS)]
-    return [torch.autograd.grad(total, outputs, retain_graph=draw < DRAWS - 1) for draw, total in enumerate(chosen)]
+        for scale in _SCALES if logits.dtype == torch.float16 else (1.0,):
+            gradients = [torch.autograd.grad(total * scale, outputs, retain_graph=True) for total in chosen]
+            if _finite(gradients):
+                return gradients, scale
+    raise KVProfileError(
+        f"the model's answers have no finite gradients in {str(logits.dtype).removeprefix('torch.')}; calibrate with another "
+        "--dtype: bfloat16 and float32 have the widest range"
+    )
+
+
+def _finite(gradients: list[tuple[Tensor, ...]]) -> bool:
+    """Whether all are finite: layers may lie on several devices, each of which is asked once."""
+    seen: dict[torch.device, list[Tensor]] = {}
+    for draw in gradients:
+        for one in draw:
+            seen.setdefault(one.device, []).append(one.isfinite().all())
+    return all(bool(torch.stack(verdicts).all()) for verdicts in seen.values())

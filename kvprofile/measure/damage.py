@@ -33,13 +33,12 @@ class Reading:
     """One layer's attention of the probe, and how the answer depends on it.
 
     context: the tokens to be merged, the recent ones included, with mass and windows. call: the probe's attention; its
-    keys are those of context and probe. output `(queries, heads, value_dim)`: what it was. gradients
-    `(draws, queries, heads, value_dim)`. kind `(queries,)`: the kind of each probe token.
+    keys are those of context and probe. gradients `(draws, queries, heads, value_dim)` float32: of the log-probability of
+    drawn answers at the attention's output. kind `(queries,)`: the kind of each probe token.
     """
 
     context: Tokens
     call: AttentionCall
-    output: Tensor
     gradients: Tensor
     kind: Tensor
 
@@ -84,7 +83,8 @@ class _Probed:
     """The probe's attention over the context, split so that any part can be replaced.
 
     weights `(kv_heads, group * queries, tokens)`: exp of the context's logits less each query's maximum. above, below:
-    numerator and denominator of the attention over the probe's own tokens.
+    numerator and denominator of the attention over the probe's own tokens. exact: the output with nothing merged, in the
+    same arithmetic: a model's own output in half precision is off by more than the changes that are measured.
     """
 
     def __init__(self, reading: Reading, kinds: Sequence[int]) -> None:
@@ -107,6 +107,8 @@ class _Probed:
         if call.sinks is not None:
             sinks = call.sinks.float().view(self.kv_heads, group, 1).repeat_interleave(queries, dim=1)
             self.below = self.below + torch.exp(sinks - self.top)
+        above, below = self.recent(0)
+        self.exact = (self.above + above) / (self.below + below)
 
     def logits(self, keys: Tensor) -> Tensor:
         """Logits of the probe's queries over `keys` `(kv_heads, slots, head_dim)`."""
@@ -115,10 +117,8 @@ class _Probed:
 
     def error(self, above: Tensor, below: Tensor) -> NDArray[np.float64]:
         """Damage `(kv_heads, kinds)` of attending to slots with this numerator and denominator, and the probe's own."""
-        merged = (self.above + above) / (self.below + below)
-        shape = (self.kv_heads, self.group, self.queries, merged.shape[-1])
-        exact = self.reading.output.float().permute(1, 0, 2).reshape(shape)
-        change = merged.view(shape) - exact
+        change = (self.above + above) / (self.below + below) - self.exact
+        change = change.unflatten(1, (self.group, self.queries))
         gradients = self.reading.gradients.unflatten(2, (self.kv_heads, self.group))
         slope = torch.einsum("rqhgd,hgqd->rhq", gradients, change)
         cost = slope.square().mean(0) / 2

@@ -20,11 +20,16 @@ def run(*arguments: object) -> Result:
 def save_tiny_model(folder: Path, **changes: object) -> Path:
     """Save a random two-layer Llama with a tokenizer of single characters."""
     tiny_model(**changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Every character is a token."""
     vocabulary = {character: index for index, character in enumerate(string.printable)}
     tokenizer = Tokenizer(models.WordLevel({**vocabulary, "?unknown": len(vocabulary)}, unk_token="?unknown"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?unknown").save_pretrained(folder)
-    return folder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?unknown")
 
 
 @pytest.fixture(scope="session")

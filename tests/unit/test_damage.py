@@ -7,13 +7,14 @@ from scipy.special import log_softmax, softmax
 from transformers import DynamicCache
 
 from kvprofile import KVMerger, sensitivity
+from kvprofile.errors import KVProfileError
 from kvprofile.measure import damage as module
 from kvprofile.measure.damage import BUDGETS, DamageCurves, Reading, damage
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
 from kvprofile.observe import observing
 from kvprofile.probes import Probe, ProbeMix, make_probe
-from kvprofile.sensitivity import DRAWS, read_probe
+from kvprofile.sensitivity import DRAWS, _gradients, read_probe
 from tests.unit.merge_reference import relative_error
 from tests.unit.tiny_models import head, profile_values, tiny_model, tiny_text
 
@@ -79,7 +80,10 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
             logits = exact(call.query[0, one]) @ keys.T * call.scaling
             logits[:, : len(old_keys)] += exact(old_bias)
             logits[:, -queries:][future] = -np.inf
-            change = softmax(logits, axis=-1) @ values - exact(reading.output[:, one])
+            whole = exact(call.query[0, one]) @ exact(call.key[0, kv_head]).T * call.scaling
+            whole[:, -queries:][future] = -np.inf
+            unmerged = softmax(whole, axis=-1) @ exact(call.value[0, kv_head])
+            change = softmax(logits, axis=-1) @ values - unmerged
             slopes += (exact(reading.gradients[:, :, one]) * change).sum(-1)
         for kind in range(len(KINDS)):
             result[kv_head, kind] = (slopes[:, reading.kind.numpy() == kind] ** 2).mean() / 2
@@ -171,6 +175,35 @@ def test_draws_are_the_seeds():
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(("slope", "least"), [(3.0, 2.0**12), (2.0**9, 2.0**6), (2.0**14, 1.0)])
+def test_gradients_in_float16_are_scaled_as_far_as_its_range_allows(slope, least):
+    outputs = torch.zeros(5, 9, dtype=torch.float16, requires_grad=True)
+    with torch.enable_grad():
+        logits = outputs * slope
+    found, scale = _gradients(logits, [outputs], 0)
+    assert (scale, len(found)) == (least, DRAWS)
+    for (one,) in found:
+        # At equal logits: 8 / 9 for the drawn token, -1 / 9 for the others.
+        part = (one.float() / scale / slope).sort(-1).values
+        torch.testing.assert_close(part, torch.tensor([-1 / 9] * 8 + [8 / 9]).expand(5, -1), rtol=2e-3, atol=0)
+
+
+def test_small_gradients_survive_float16():
+    outputs = torch.zeros(5, 9, dtype=torch.float16, requires_grad=True)
+    with torch.enable_grad():
+        logits = outputs * 2.0**-11 * 2.0**-11
+    found, scale = _gradients(logits, [outputs], 0)
+    assert found[0][0].amax().item() / scale == pytest.approx(8 / 9 * 2**-22, rel=1e-2)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    outputs = torch.zeros(5, 9, dtype=torch.float16, requires_grad=True)
+    with torch.enable_grad():
+        logits = (outputs * 30000) * 30000
+    with pytest.raises(KVProfileError, match=r"no finite gradients in float16; calibrate with another --dtype"):
+        _gradients(logits, [outputs], 0)
+
+
 def test_a_caller_that_wants_no_gradients_gets_the_same_readings(readings):
     found: dict[int, Reading] = {}
     with torch.no_grad(), observing(tiny_model()) as observer:
@@ -202,7 +235,7 @@ def test_a_reading_is_what_the_model_attended_to():
     assert torch.equal(reading.context.keys, reading.call.key[:, :, :CONTEXT])
     assert torch.equal(reading.context.values, reading.call.value[:, :, :CONTEXT])
     assert (reading.context.position, reading.context.seen) == (0, CONTEXT)
-    assert reading.output.shape == (tokens, 4, 16)
+    assert reading.gradients.shape == (DRAWS, tokens, 4, 16)
     # The context's scores know nothing of the probe: 240 queries of two heads hand out one each.
     torch.testing.assert_close(reading.context.mass.sum(-1), torch.full((1, 2), 2.0 * CONTEXT))
     assert {size: part.shape for size, part in reading.context.windows.items()} == {
