@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvprofile import __version__
+from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
 from kvprofile.fingerprint import model_facts
@@ -25,7 +26,7 @@ from kvprofile.measure.persistence import persistence
 from kvprofile.measure.ratios import THRESHOLDS
 from kvprofile.measure.statistics import Statistics
 from kvprofile.merging.policies import POLICIES
-from kvprofile.merging.scores import MASS_STRIDE, attention_mass
+from kvprofile.merging.scores import attention_mass, mass_stride
 from kvprofile.merging.sets import RULES
 from kvprofile.models import LoadedModel
 from kvprofile.observe import observing
@@ -93,6 +94,11 @@ def calibrate(
             "a sample has no continuation, the text that follows its context and is read from the merged cache; make the "
             "samples with continuation=256"
         )
+    read = max(
+        (len(sample.context) + max(len(sample.continuation), mix.tokens) for sample in samples.calibration), default=0
+    )
+    if message := beyond_context(longest_text(loaded.model.config), read, "samples and what is read after them take"):
+        warn(message)
     base = "gauss" if policy == AUTO else policy
     candidates = candidates_for(policy, rule)
     facts = ModelFacts(
@@ -212,7 +218,12 @@ def _read(
         mass = None
         if layer in merged and statistics.ratios.rules:
             mass = attention_mass(
-                call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+                call.query,
+                call.key,
+                call.scaling,
+                stride=mass_stride(call.query.shape[2]),
+                softcap=call.softcap,
+                sinks=call.sinks,
             )
         on_context(layer, call, mass)
 

@@ -1,11 +1,13 @@
 """One generation with a merged cache, and what the cache held at its end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache
 
+from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.errors import KVProfileError
 from kvprofile.models import LoadedModel
 from kvprofile.runtime.cache import allocated_bytes
@@ -42,8 +44,11 @@ def generate(
     max_new_tokens: int,
     mode: str | None = None,
     seed: int | None = None,
+    warn: Callable[[str], None],
 ) -> Generation:
     """Continue a prompt; greedy, or sampling if a seed is given. Without a profile the stock cache is used.
+
+    `warn` is told, before anything is read, if prompt and answer can be longer than the model was made for.
 
     Raises KVProfileError for an empty prompt, MismatchError for a profile of another model.
     """
@@ -52,6 +57,8 @@ def generate(
     length = inputs.input_ids.shape[1]
     if not length:
         raise KVProfileError("the prompt is empty; give some text with --prompt or --prompt-file")
+    if message := beyond_context(longest_text(model.config), length + max_new_tokens, "prompt and answer take up to"):
+        warn(message)
     if seed is not None:
         torch.manual_seed(seed)
     merger = None if profile is None else KVMerger.from_profile(profile, mode=mode).attach(model)

@@ -50,6 +50,11 @@ class ProbeMix:
         return cls(**given)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of passages and continuation; those of planted questions come on top."""
+        return self.passages * self.passage_tokens + self.continuation_tokens
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds that are read, in the order of `KINDS`."""
         amounts = (self.passages * self.passage_tokens, self.continuation_tokens, self.facts, self.lookups)

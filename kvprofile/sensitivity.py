@@ -9,7 +9,7 @@ from kvprofile.errors import KVProfileError
 from kvprofile.measure.damage import Reading
 from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.regression import WINDOW
-from kvprofile.merging.scores import MASS_STRIDE, attention_mass, window_mass
+from kvprofile.merging.scores import attention_mass, mass_stride, window_mass
 from kvprofile.merging.tokens import Queries, Tokens, newest_queries
 from kvprofile.observe import Observer
 from kvprofile.probes import Probe
@@ -44,7 +44,12 @@ def read_probe(
         mass = None
         if layer in layers:
             mass = attention_mass(
-                call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+                call.query,
+                call.key,
+                call.scaling,
+                stride=mass_stride(call.query.shape[2]),
+                softcap=call.softcap,
+                sinks=call.sinks,
             )
             scores[layer] = (
                 mass,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_loudness, check_writable, load, log_of, peak_memory, say, track_of
+from kvprofile.cli.common import check_loudness, check_writable, load, log_of, peak_memory, say, track_of, warn
 from kvprofile.cli.options import (
     POLICY_NAMES,
     budget_of,
@@ -169,7 +169,7 @@ def calibrate(
             command=shlex.join(["kvprofile", *sys.argv[1:]]),
             checkpoint=checkpoint,
             track=track_of(quiet),
-            warn=lambda message: say(f"Warning: {message}"),
+            warn=warn,
             **choices,
         )
     except KeyboardInterrupt:
@@ -207,6 +207,7 @@ def _estimate(
     """Print what the run would cost, from the model's configuration alone."""
     from kvprofile import terminal
     from kvprofile.calibration import candidates_for
+    from kvprofile.context_length import beyond_context, longest_text
     from kvprofile.estimate import estimate
     from kvprofile.models import load_config
     from kvprofile.probes import ProbeMix
@@ -215,6 +216,10 @@ def _estimate(
     if options["device_map"] is not None:
         raise UsageError("--dry-run estimates for one device; leave --device-map out")
     config = load_config(model, options["revision"], log=say)
+    if message := beyond_context(
+        longest_text(config), size["tokens"] + mix.tokens, "samples and what is read after them take"
+    ):
+        warn(message)
     candidates = candidates_for(policy, choices.get("rule"))
     placed = {"device": options["device"], "dtype": options["dtype"]}
     told = estimate(config, candidates=candidates, mix=mix, **placed, **size)

@@ -1,6 +1,7 @@
 """What several commands do: load a model, speak on stderr, show progress, check the output's place."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,11 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
+def warn(message: str) -> None:
+    """Print a warning for people, one line on stderr."""
+    say(f"Warning: {message}")
+
+
 def log_of(quiet: bool) -> Callable[[str], None]:
     """`say`, or with --quiet nothing."""
     return (lambda _message: None) if quiet else say
@@ -36,9 +42,12 @@ def load(model: str, options: dict[str, Any], log: Callable[[str], None], *, ver
     """Load a model as the `model_options` say; transformers' warnings are shown if `verbose`."""
     import transformers
 
+    from kvprofile.context_length import ContextLengthWarning
     from kvprofile.models import load_model
 
     (transformers.logging.set_verbosity_warning if verbose else transformers.logging.set_verbosity_error)()
+    # A command that reads text says so itself, before it reads.
+    warnings.simplefilter("ignore", ContextLengthWarning)
     return load_model(model, **options, log=log)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_writable, load, log_of, track_of
+from kvprofile.cli.common import check_writable, load, log_of, track_of, warn
 from kvprofile.cli.options import POLICY_NAMES, model_options
 from kvprofile.errors import KVProfileError, UsageError
 
@@ -190,7 +190,7 @@ def evaluate(
     choices = Choices(profiles, budgets, chosen, texts, documents, tasks, examples, tokens, question, seed)
     loaded = load(model, options, log)
     try:
-        rows, facts = run(loaded, choices, store, track=track_of(quiet), log=log)
+        rows, facts = run(loaded, choices, store, track=track_of(quiet), log=log, warn=warn)
     except KeyboardInterrupt:
         click.echo(f"Interrupted. Finished rows are in {store.path}; give the same command again to go on.", err=True)
         click.get_current_context().exit(130)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_loudness, load, log_of
+from kvprofile.cli.common import check_loudness, load, log_of, warn
 from kvprofile.cli.options import PLAN_FLAGS, model_options, speech_options
 from kvprofile.errors import UsageError
 
@@ -65,7 +65,15 @@ def generate(
     from kvprofile.generate import generate as run
 
     loaded = load(model, options, log_of(quiet), verbose=verbose)
-    result = run(loaded, text, profile=profile, max_new_tokens=max_new_tokens, mode=mode, seed=seed if sample else None)
+    result = run(
+        loaded,
+        text,
+        profile=profile,
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        seed=seed if sample else None,
+        warn=warn,
+    )
     if as_json:
         click.echo(terminal.generation_as_json(result))
     else:

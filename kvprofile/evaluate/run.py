@@ -1,11 +1,13 @@
 """One evaluation from its choices: documents and examples are made, every method is run, the circumstances are recorded."""
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.bench import FIDELITY, run_fidelity, run_task
 from kvprofile.evaluate.methods import Method, profile_methods, uniform_methods
@@ -61,9 +63,11 @@ def evaluate(
     *,
     track: Track = untracked,
     log: Callable[[str], None] = lambda _message: None,
+    warn: Callable[[str], None] = lambda message: warnings.warn(message, stacklevel=2),
 ) -> tuple[list[Row], dict[str, Any]]:
     """Run every method on everything that was asked for; returns the rows and the circumstances.
 
+    `warn` is told, before anything is read, if contexts and what follows them are longer than the model was made for.
     Raises UsageError for a task or a text that does not exist, MismatchError where a profile does not fit the model or a
     budget is out of reach.
     """
@@ -75,6 +79,11 @@ def evaluate(
         profile.check_model(model_facts(loaded.model.config))
     methods = make_methods(profiles, choices.budgets, choices.policies)
     log(f"{len(methods)} methods and the full cache, on {loaded.name}")
+    longest = longest_text(loaded.model.config)
+    if message := beyond_context(
+        longest, choices.tokens + CONTINUATION, "contexts and what is read after them take up to"
+    ):
+        warn(message)
     # All text is made before anything is run: a file that is missing is told at once.
     documents = make_documents(loaded, choices) if choices.documents else []
     asked = [(name, source, TASKS[name].examples(_request(loaded, source, choices))) for name, source in tasks]

@@ -16,7 +16,7 @@ from kvprofile.measure.ratios import CompressionRatios
 from kvprofile.measure.window import WindowAttention, window_attention
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
-from kvprofile.merging.scores import MASS_STRIDE, attention_mass
+from kvprofile.merging.scores import attention_mass, mass_stride
 from kvprofile.merging.sets import RULES
 from kvprofile.merging.tokens import Tokens
 from kvprofile.runtime.attention import AttentionCall
@@ -69,7 +69,12 @@ class Statistics:
         heavy = protection.heavy_tokens(tokens)
         if heavy and mass is None:
             mass = attention_mass(
-                call.query, call.key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+                call.query,
+                call.key,
+                call.scaling,
+                stride=mass_stride(call.query.shape[2]),
+                softcap=call.softcap,
+                sinks=call.sinks,
             )
         aged = Tokens(call.key, call.value, mass, {}, 0, tokens).oldest(tokens - recent)
         protected = protected_tokens(protection, aged, heavy)[0]

@@ -10,7 +10,13 @@ from torch import Tensor
 
 QUERY_BLOCK = 16  # logits of so many stay in the cache of a processor
 MASS_STRIDE = 16  # the default estimate of the mass takes every 16th query
+MOST_ASKED = 512  # and of many queries so many, or the estimate would remain a fixed share of attention's cost
 POOL = 5  # neighbours over which the newest queries' attention is pooled
+
+
+def mass_stride(queries: int) -> int:
+    """The default estimate of the mass takes every so many-th of the queries."""
+    return max(MASS_STRIDE, -(-queries // MOST_ASKED))
 
 
 @torch.no_grad()

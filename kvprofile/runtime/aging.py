@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvprofile.merging.counts import slots_of
 from kvprofile.merging.merge import merge_layer
-from kvprofile.merging.scores import MASS_STRIDE, attention_mass, pooled, window_mass
+from kvprofile.merging.scores import attention_mass, mass_stride, pooled, window_mass
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Queries, Tokens, newest_queries
 from kvprofile.runtime.attention import AttentionCall
@@ -73,7 +73,7 @@ def _estimated(
         elif queries:
             query, key = call.query[places, :, -queries:], layer.keys[places, :, first : layer.tail]
             mass[places, :, first:] = attention_mass(
-                query, key, call.scaling, stride=MASS_STRIDE, softcap=call.softcap, sinks=call.sinks
+                query, key, call.scaling, stride=mass_stride(queries), softcap=call.softcap, sinks=call.sinks
             )
             # Once slots exist the tail's own mass comes from the newest queries anyway.
             for size in layer.setting.windows if _aged(layer, row) else ():

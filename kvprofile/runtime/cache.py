@@ -1,6 +1,7 @@
 """The cache to generate with: merged layers where the profile merges, the stock layers everywhere else."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from kvprofile.context_length import ContextLengthWarning, beyond_context, longest_text
 from kvprofile.errors import KVProfileError
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.layer import MergedLayer
@@ -22,6 +24,8 @@ class MergedCache(Cache):
 
     def __init__(self, config: PretrainedConfig, settings: dict[int, LayerSetting], attachment: Attachment) -> None:
         self.attachment = attachment
+        # Told once: None from then on, as where the model does not say.
+        self.longest = longest_text(config)
         types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         super().__init__(
             layers=[
@@ -54,7 +58,14 @@ class MergedCache(Cache):
                     "a merged cache was used with a model that is not attached (or was detached, or failed half-way in an "
                     "earlier forward); call merger.attach(model) and start with a new merger.cache()"
                 )
+            if not place:
+                self._warn_once(layer.seen + key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _warn_once(self, tokens: int) -> None:
+        if message := beyond_context(self.longest, tokens, "with these the cache has seen"):
+            self.longest = None
+            warnings.warn(message, ContextLengthWarning, stacklevel=2)
 
     def adopt(self, recorded: "MergedCache") -> None:
         """Hold the text that `recorded` has read, compressed as this cache's settings say, without reading it again.

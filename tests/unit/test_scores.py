@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvprofile.merging.affinity import AFFINITIES
-from kvprofile.merging.scores import MASS_STRIDE, POOL, QUERY_BLOCK, attention_mass, pooled, window_mass
+from kvprofile.merging.scores import (
+    MASS_STRIDE,
+    MOST_ASKED,
+    POOL,
+    QUERY_BLOCK,
+    attention_mass,
+    mass_stride,
+    pooled,
+    window_mass,
+)
 from kvprofile.merging.tokens import mean_attention
 from tests.unit.builders import WINDOWS, random_tokens
 from tests.unit.reference import PROPERTY, affinities, attention_weights, head_of, mass_of
@@ -50,6 +59,13 @@ def test_mass_is_the_column_sum_of_the_attention_matrix(*, seed, heads, queries,
     np.testing.assert_allclose(mass.numpy(), expected, rtol=1e-5, atol=1e-5)
     # Every query hands out exactly 1, and all are counted whatever the stride.
     np.testing.assert_allclose(mass.sum(-1).numpy(), group * queries, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 15, 16, 2048, 8191, 8192, 8193, 10_000, 32_768, 131_072])
+def test_the_estimate_takes_every_16th_query_and_of_many_a_few_hundred(queries):
+    stride = mass_stride(queries)
+    assert (stride == MASS_STRIDE) == (queries <= 8192)
+    assert min(queries, 8192) / 17 <= len(range(0, queries, stride)) <= MOST_ASKED
 
 
 @pytest.mark.parametrize(
