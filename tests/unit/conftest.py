@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvprofile.cli import main
+from tests.pretend_cuda import PretendCuda
 from tests.unit.tiny_models import tiny_model
 
 
@@ -52,3 +53,10 @@ def tiny_profile(tiny_folder, tiny_text_file, tmp_path_factory) -> Path:
     result = run("calibrate", tiny_folder, "-o", path, *size)
     assert result.exit_code == 0, result.output
     return path
+
+
+@pytest.fixture
+def gpu():
+    """Two pretended CUDA devices, and what happened on them."""
+    with PretendCuda() as pretended:
+        yield pretended
