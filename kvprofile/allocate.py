@@ -51,7 +51,7 @@ def allocate(
     """
     check_budget(budget)
     floor = np.broadcast_to(np.asarray(floor, dtype=float), damage.shape[1])
-    shares, envelope, policy = _envelope(budgets, damage, floor, cap)
+    shares, envelope, policy = lower_envelope(budgets, damage, floor, cap)
     lowest, highest = shares[0], shares[-1]
     if not lowest - 1e-9 <= budget <= highest + 1e-9:
         raise MismatchError(
@@ -84,7 +84,7 @@ def allocate(
     return Allocation(share, policy[heads, chosen], envelope[heads, chosen], bound)
 
 
-def _envelope(
+def lower_envelope(
     budgets: NDArray[np.float64], damage: NDArray[np.float64], floor: NDArray[np.float64], cap: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Shares `(m,)` on the fine grid, the least damage `(heads, m)` at each, and the policy `(heads, m)` that has it."""

@@ -60,7 +60,7 @@ def make_plan(
     size = (len(merged), model.kv_heads)
     ratios = np.array([statistics.layers[layer].ratio for layer in merged])
     thresholds = np.array(statistics.thresholds)
-    cost = None if damage is None or statistics.damage is None else _cost(damage, statistics, objective)
+    cost = None if damage is None or statistics.damage is None else damage_curves(damage, statistics, objective)
     bound = None
     if rule == "damage":
         if cost is None or statistics.damage is None:
@@ -76,7 +76,7 @@ def make_plan(
         index = [statistics.damage.policies.index(name) for name in names]
         curves = cost[:, index].transpose(0, 2, 1, 3)
         curves = curves.sum(axis=1) if granularity == "layer" else curves.reshape(-1, *curves.shape[2:])
-        floor = np.array([_floor(policies[name].protection, tokens) for name in names])
+        floor = np.array([protected_share(policies[name].protection, tokens) for name in names])
         found = allocate(np.array(statistics.damage.budgets), curves, budget, floor=floor)
         heads = 1 if granularity == "head" else model.kv_heads
         share = np.repeat(found.share, heads).reshape(size)
@@ -86,7 +86,7 @@ def make_plan(
         name = policy if policy != AUTO else _best_single(policies, statistics, cost, budget)
         chosen = np.full(size, name)
         share = np.full(size, budget)
-        least = _floor(policies[name].protection, tokens)
+        least = protected_share(policies[name].protection, tokens)
         if rule in PUBLISHED:
             share = np.repeat(rule_shares(rule, measured or {}, merged, budget, floor=least)[:, None], size[1], axis=1)
         elif policies[name].affinity == "cosine":
@@ -194,7 +194,7 @@ def _known(name: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
 
 
-def _cost(damage: NDArray[np.floating], statistics: Statistics, objective: str) -> NDArray[np.float64]:
+def damage_curves(damage: NDArray[np.floating], statistics: Statistics, objective: str) -> NDArray[np.float64]:
     """The objective's sum over kinds of probe: `(layers, policies, kv_heads, budgets)`."""
     kinds = statistics.damage.kinds if statistics.damage is not None else []
     weights = OBJECTIVES[objective]
@@ -233,7 +233,7 @@ def _best_single(
     return statistics.damage.policies[int(np.argmin([np.interp(budget, budgets, total) for total in totals]))]
 
 
-def _floor(protection: ProtectionFacts, tokens: int) -> float:
+def protected_share(protection: ProtectionFacts, tokens: int) -> float:
     """The share that protected tokens take of `tokens`."""
     recent = max(protection.recent, math.ceil(protection.recent_share * tokens))
     return min(1.0, (protection.first + recent + math.ceil(protection.heavy_share * tokens)) / tokens)

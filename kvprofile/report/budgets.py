@@ -58,7 +58,10 @@ def arrays_beside(profile: Profile, path: Path) -> dict[str, NDArray[np.generic]
 
 
 def merged_bytes(profile: Profile, budget: float) -> int | None:
-    """Bytes of keys and values of the merged layers, at the calibration's length and dtype; None for an unknown dtype."""
+    """Bytes of keys and values of the merged layers, at the calibration's length and dtype; None for an unknown dtype.
+
+    The page's script computes the same for other lengths, batches and dtypes.
+    """
     facts, size = profile.model, BYTES.get(profile.calibration.dtype)
     if size is None:
         return None

@@ -11,7 +11,7 @@ from kvprofile.report.budgets import Cost
 from kvprofile.report.heads import Arrays, common_threshold, seen_layers
 from kvprofile.report.measured import measured_damage, own_check
 from kvprofile.report.numbers import number
-from kvprofile.report.style import ACCENT, INK, MUTED, NARROW, RIVAL, RULE, Plot, drawing, new_plot, ramp
+from kvprofile.report.style import ACCENT, INK, MUTED, NARROW, RIVAL, RULE, Plot, drawing, new_plot, part, ramp
 
 
 def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
@@ -26,17 +26,7 @@ def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
         axis.plot(budgets, planned, color=ACCENT, linewidth=2, label="this plan's settings, predicted")
         budget, damage = profile.plan.budget, profile.plan.predicted_damage
         if damage:
-            axis.plot(
-                budget,
-                damage,
-                "o",
-                color=ACCENT,
-                markersize=14,
-                markerfacecolor="none",
-                markeredgewidth=2,
-                linestyle="none",
-                label=f"the plan: budget {budget:g}, {number(damage)}",
-            )
+            _ring(axis, budget, damage, ACCENT, f"the plan: budget {budget:g}, {number(damage)}")
         if profile.check is not None:
             own, even = own_check(profile), profile.check.uniform
             for check, colour, label in ((even, RIVAL, "uniform, measured"), (own, ACCENT, "the plan, measured")):
@@ -48,13 +38,33 @@ def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
                     color=colour,
                     label=f"{label} on held-out text",
                 )
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
-        axis.minorticks_off()
-        axis.set_xlim(0, 1)
-        axis.xaxis.set_major_formatter(PercentFormatter(1))
-        axis.set_xlabel("budget: slots kept")
-        axis.set_ylabel("damage, nats per token")
+        _budget_axes(axis)
+        axis.axvline(budget, color=MUTED, linestyle=":", linewidth=1).set_gid(part("part", "budget-mark"))
+        axis.spines["bottom"].set_gid(part("part", "budget-axis"))
+        _legend(plot, axis, width)
+    return plot
+
+
+def overlaid_damage(subjects: Sequence[tuple[str, Profile, Sequence[Cost]]], width: int) -> Plot:
+    """Predicted damage of two profiles against budget, and of each the plan and what its check measured."""
+    with drawing():
+        plot = new_plot(width, 330 if width > NARROW else 400)
+        axis = plot.subplots()
+        axis.grid(axis="y")
+        for (name, profile, rows), colour in zip(subjects, (ACCENT, RIVAL), strict=True):
+            budgets = [row.budget for row in rows]
+            planned, uniform = (
+                [value or np.nan for value in values] for values in zip(*map(_damages, rows), strict=True)
+            )
+            axis.plot(budgets, uniform, "--", color=colour, linewidth=1.2, alpha=0.6, label=f"{name}: uniform")
+            axis.plot(budgets, planned, color=colour, linewidth=2, label=f"{name}: predicted")
+            if damage := profile.plan.predicted_damage:
+                _ring(axis, profile.plan.budget, damage, colour, f"{name}: the plan")
+            if profile.check is not None:
+                own = own_check(profile)
+                found = measured_damage(own.fidelity, profile.plan.objective)
+                axis.plot(own.achieved.mean, found, "D", markersize=6.5, color=colour, label=f"{name}: measured")
+        _budget_axes(axis)
         _legend(plot, axis, width)
     return plot
 
@@ -122,6 +132,32 @@ def distance_curves(profile: Profile, arrays: Arrays, chosen: Sequence[tuple[int
         axis.set_ylabel("mean cosine of keys")
         _legend(plot, axis, width)
     return plot
+
+
+def _ring(axis: Axes, budget: float, damage: float, colour: str, label: str) -> None:
+    """The plan itself, around whatever lies there."""
+    axis.plot(
+        budget,
+        damage,
+        "o",
+        color=colour,
+        markersize=14,
+        markerfacecolor="none",
+        markeredgewidth=2,
+        linestyle="none",
+        label=label,
+    )
+
+
+def _budget_axes(axis: Axes) -> None:
+    """Damage on a logarithmic scale against the budget from 0 to 1."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
+    axis.minorticks_off()
+    axis.set_xlim(0, 1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_xlabel("budget: slots kept")
+    axis.set_ylabel("damage, nats per token")
 
 
 def _damages(row: Cost) -> tuple[float | None, float | None]:

@@ -1,6 +1,7 @@
 """The report as one HTML file that asks nobody for anything."""
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.files import atomic_write
 from kvprofile.profile import Profile
 from kvprofile.report import captions
-from kvprofile.report.budgets import arrays_beside, costs, merged_bytes
+from kvprofile.report.budgets import BYTES, arrays_beside, costs, merged_bytes
+from kvprofile.report.compare import compared, difference_caption, differing
 from kvprofile.report.facts import about, persistence_table
 from kvprofile.report.figures import Subject, draw
 from kvprofile.report.heads import Arrays, Head, chosen_heads, common_threshold, ranked
 from kvprofile.report.judgement import judge
 from kvprofile.report.numbers import number, percent, size
+from kvprofile.report.page_data import page_data, sliding_layers
 from kvprofile.report.plan_maps import policy_names, slots_map
 from kvprofile.report.style import NARROW, WIDE, inline_svg, png
 from kvprofile.report.verdict import check_table, evidence, tiles, verdict
@@ -72,7 +75,17 @@ def report_html(subjects: Sequence[Subject]) -> str:
     policies = policy_names([subject.profile for subject in subjects])
     sides = [_side(f"p{index}", subject, policies, alone=len(subjects) == 1) for index, subject in enumerate(subjects)]
     title = " and ".join(dict.fromkeys(side["model"] for side in sides))
-    return _template("template.html.j2").render(sides=sides, title=title)
+    script = _script()
+    return _template("template.html.j2").render(
+        sides=sides,
+        title=title,
+        both=None if len(subjects) == 1 else _both(subjects),
+        data=[page_data(subject, policies) for subject in subjects],
+        dtypes=list(BYTES),
+        windows=max(side["sliding"] for side in sides),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
 
 
 def card_html(profile: Profile) -> str:
@@ -86,6 +99,12 @@ def card_html(profile: Profile) -> str:
         picture=picture,
         caption=captions.slots_caption(profile),
     )
+
+
+def _script() -> str:
+    """The page's script, in a scope of its own."""
+    parts = [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("allocate.js", "page.js")]
+    return "(() => {\n" + "\n".join(parts) + "})();\n"
 
 
 def _template(name: str) -> Template:
@@ -105,6 +124,7 @@ def _side(prefix: str, subject: Subject, policies: Sequence[str], *, alone: bool
         "name": subject.name,
         "model": profile.model.name,
         "budget": profile.plan.budget,
+        "sliding": sliding_layers(profile),
         "day": profile.created.time[:10],
         "command": profile.created.command,
         "about": about(profile),
@@ -118,6 +138,7 @@ def _side(prefix: str, subject: Subject, policies: Sequence[str], *, alone: bool
         "heads": _head_tables(subject),
         "persistence": {"header": steady[0], "rows": steady[1]},
         "costs": _cost_table(subject),
+        "memory": _memory(profile),
     }
 
 
@@ -133,6 +154,18 @@ def _figures(prefix: str, subject: Subject, policies: Sequence[str], *, alone: b
             drawn = Markup(inline_svg(plot, f"{prefix}-{kind}-{name}", label))
             found.setdefault(name, []).append((kind if alone else "both", drawn))
     return found
+
+
+def _both(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """What the page says of two profiles together."""
+    rows, same = differing(subjects)
+    caption = difference_caption(subjects)
+    figures: dict[str, list[Any]] = {}
+    for width, kind in ((WIDE, "wide"), (NARROW, "narrow")):
+        for name, plot in compared(subjects, width).items():
+            label = caption if name == "difference" else "Damage against budget of both profiles"
+            figures.setdefault(name, []).append((kind, Markup(inline_svg(plot, f"both-{kind}-{name}", label))))
+    return {"about": rows, "same": same, "figures": figures, "difference": caption}
 
 
 def _captions(subject: Subject) -> dict[str, str]:
@@ -210,12 +243,12 @@ def _cost_table(subject: Subject) -> dict[str, Any] | None:
         return None
     profile = subject.profile
     own = profile.plan.predicted_damage
-    full = merged_bytes(profile, 1.0)
     return {
         "header": ["budget", "damage", "against the plan", "uniform shares", "bytes"],
         "rows": [
             (
                 row.budget == profile.plan.budget,
+                row.budget,
                 [
                     f"{row.budget:g}",
                     number(row.damage),
@@ -226,9 +259,16 @@ def _cost_table(subject: Subject) -> dict[str, Any] | None:
             )
             for row in subject.costs
         ],
-        "full": size(full),
-        "tokens": f"{profile.calibration.measured.tokens:,}",
+    }
+
+
+def _memory(profile: Profile) -> dict[str, Any]:
+    """Sizes of the merged layers' cache at the calibration's length, which the page's script computes anew for others."""
+    full, kept = merged_bytes(profile, 1.0), merged_bytes(profile, profile.plan.budget)
+    return {
+        "tokens": profile.calibration.measured.tokens,
         "dtype": profile.calibration.dtype,
-        "model": profile.model.name,
-        "least": f"{subject.costs[0].budget:g}",
+        "stock": size(full),
+        "plan": size(kept),
+        "saved": size(None if full is None or kept is None else full - kept),
     }

@@ -12,19 +12,20 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from kvprofile.profile import HeadPlan, Profile
-from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot
+from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot, part
 
 Colour = tuple[float, ...]
 
 LEFT, TOP, BELOW = 44, 4, 38  # pixels around a map: labels on the left and below it
 BAR = 52  # pixels for a colour bar, its ticks and its label
 LEGEND_ROW = 18
+SCALE = "cividis"  # of the slots' map
 
 
 def slots_map(profile: Profile, width: int) -> Plot:
     """Share of the tokens that keep a slot in every head."""
     shares = _grid(profile, lambda head: head.share)
-    return _scale_map(shares, width, "share of tokens that keep a slot", "cividis")
+    return _scale_map(shares, width, "share of tokens that keep a slot", SCALE)
 
 
 def thresholds_map(profile: Profile, width: int) -> Plot:
@@ -34,23 +35,26 @@ def thresholds_map(profile: Profile, width: int) -> Plot:
 
 
 def policies_map(profile: Profile, width: int, names: Sequence[str]) -> Plot:
-    """Policy of every head, as a colour and a letter; `names` get theirs in this order."""
+    """Policy of every head, as a colour and a letter; `names` get theirs in this order.
+
+    The legend lists the policies in use and those that the solver could have chosen.
+    """
     names = list(names)
     chosen = _grid(profile, lambda head: float(names.index(head.policy)))
     colours = policy_colours(len(names))
     used = Counter(head.policy for layer in profile.plan.layers for head in layer.heads)
+    listed = [index for index, name in enumerate(names) if used[name] or name in candidates(profile)]
     columns = 5 if width > NARROW else 2
     with drawing():
-        plot, axis, cell = _frame(chosen.shape, width, LEGEND_ROW * -(-len(used) // columns) + 8)
+        plot, axis, cell = _frame(chosen.shape, width, LEGEND_ROW * -(-len(listed) // columns) + 8)
         for place, index in np.ndenumerate(chosen):
             shown = None if np.isnan(index) else (colours[int(index)], letter(int(index)))
             _cell(axis, place, shown, width, size=min(10, min(cell) - 2))
         handles = [
-            Patch(color=colours[index], label=f"{letter(index)}  {name} ({used[name]})")
-            for index, name in enumerate(names)
-            if used[name]
+            Patch(color=colours[index], label=f"{letter(index)}  {names[index]} ({used[names[index]]})")
+            for index in listed
         ]
-        plot.legend(
+        legend = plot.legend(
             handles=handles,
             loc="lower left",
             bbox_to_anchor=((LEFT - 6) / width, 0),
@@ -59,13 +63,34 @@ def policies_map(profile: Profile, width: int, names: Sequence[str]) -> Plot:
             borderpad=0,
             columnspacing=1.2,
         )
+        for number, text in zip(listed, legend.get_texts(), strict=True):
+            text.set_gid(part("legend", number))
     return plot
 
 
+def difference_map(first: Profile, second: Profile, width: int) -> Plot | None:
+    """What the second plan's share is above the first's in every head; None where the two have not the same heads."""
+    shares = [_grid(profile, lambda head: head.share) for profile in (first, second)]
+    if shares[0].shape != shares[1].shape or (np.isnan(shares[0]) != np.isnan(shares[1])).any():
+        return None
+    change = shares[1] - shares[0]
+    most = float(np.nanmax(np.abs(change))) or 1.0
+    return _scale_map(change, width, "share of the second less the first's", "RdBu", (-most, most))
+
+
 def policy_names(profiles: Sequence[Profile]) -> list[str]:
-    """Every policy that a head of these profiles follows, the most frequent first."""
+    """Every policy that a head of these profiles follows, the most frequent first, then those they could have chosen."""
     counts = Counter(head.policy for profile in profiles for layer in profile.plan.layers for head in layer.heads)
+    counts.update({name: 0 for profile in profiles for name in candidates(profile)})
     return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def candidates(profile: Profile) -> list[str]:
+    """The policies among which damage chooses, by the plan's own setting; none where no damage was measured."""
+    measured = profile.statistics.damage
+    if measured is None:
+        return []
+    return [profile.plan.policy] if profile.plan.policy in measured.policies else list(measured.policies)
 
 
 def policy_colours(count: int) -> list[Colour]:
@@ -90,22 +115,33 @@ def _grid(profile: Profile, value: Callable[[HeadPlan], float]) -> NDArray[np.fl
     return grid
 
 
-def _scale_map(values: NDArray[np.float64], width: int, label: str, scale: str) -> Plot:
+def _scale_map(
+    values: NDArray[np.float64], width: int, label: str, scale: str, ends: tuple[float, float] = (0.0, 1.0)
+) -> Plot:
+    low, high = ends
     with drawing():
         plot, axis, cell = _frame(values.shape, width, BAR)
         readable = cell[0] >= 24 and cell[1] >= 11
         for place, value in np.ndenumerate(values):
-            text = f"{value:.2f}".removeprefix("0") if readable else ""
-            colour = tuple(colormaps[scale](float(np.nan_to_num(value))))
+            text = _short(value, signed=low < 0) if readable else ""
+            colour = tuple(colormaps[scale](float(np.nan_to_num((value - low) / (high - low)))))
             _cell(axis, place, None if np.isnan(value) else (colour, text), width, size=10)
         height = plot.get_figheight() * 72
         length = min(320, width - LEFT)
         bar = plot.add_axes((LEFT / width, (BAR - 18) / height, length / width, 9 / height))
-        bar.imshow(np.linspace(0, 1, 128)[None], cmap=scale, aspect="auto", extent=(0, 1, 0, 1), interpolation="none")
+        bar.imshow(
+            np.linspace(0, 1, 128)[None], cmap=scale, aspect="auto", extent=(low, high, 0, 1), interpolation="none"
+        )
         clean(bar)
         bar.set_yticks([])
         bar.set_xlabel(label)
     return plot
+
+
+def _short(value: float, *, signed: bool) -> str:
+    """Two digits after the point, without the zero before it."""
+    text = f"{value:+.2f}" if signed else f"{value:.2f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def _frame(shape: tuple[int, ...], width: int, extra: float) -> tuple[Plot, Axes, tuple[float, float]]:
@@ -136,13 +172,19 @@ def _ticks(count: int, cell: float, label: float) -> list[int]:
 
 
 def _cell(axis: Axes, place: tuple[int, ...], shown: tuple[Colour, str] | None, width: int, size: float) -> None:
-    """A square with a hair of space around it and a text in it; faint where the layer is not merged."""
+    """A square with a hair of space around it and a text in it; faint where the layer is not merged.
+
+    The page's script finds both by layer and head.
+    """
     x, y = place if width > NARROW else place[::-1]
+    layer, head = place
     colour, text = shown if shown is not None else (to_rgb(FAINT), "")
     fill = FAINT if shown is None else colour
-    axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=fill, linewidth=0))
+    square = axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=fill, linewidth=0))
+    square.set_gid(part("cell", f"{layer}-{head}"))
     if text and size >= 6:
         red, green, blue = colour[:3]
         # The same in both themes, as the cell is.
         ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#101418"
-        axis.text(x, y, text, ha="center", va="center_baseline", fontsize=size, color=ink)
+        label = axis.text(x, y, text, ha="center", va="center_baseline", fontsize=size, color=ink)
+        label.set_gid(part("label", f"{layer}-{head}"))

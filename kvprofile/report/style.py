@@ -97,6 +97,11 @@ def clean(axis: Axes) -> None:
     axis.tick_params(length=0)
 
 
+def part(kind: str, name: str | int) -> str:
+    """An id for a drawn element; on a page it becomes the attribute `data-KIND="NAME"`, for its script to find."""
+    return f"data-{kind}.{name}"
+
+
 def png(figure: Figure, dpi: int = PNG_DPI) -> bytes:
     """The figure on white, for files and notebooks."""
     stream = io.BytesIO()
@@ -118,6 +123,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<style.*?</style>|\sxmlns(?::\w+)?=\"[^\"]*\"|font-family: [^;\"]*;? ?", "", text, flags=re.DOTALL)
     text = text.replace("xlink:href", "href")
+    text = re.sub(r'\sid="data-(\w+)\.([^"]+)"', r' data-\1="\2"', text)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
     text = re.sub(r'\sid="([^"]+)"', lambda m: f' id="{name}-{m.group(1)}"' if m.group(1) in used else "", text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)

@@ -13,13 +13,15 @@ from kvprofile import load_profile
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
 from kvprofile.report.judgement import judge
+from kvprofile.report.plan_maps import difference_map
+from kvprofile.report.style import WIDE
 from kvprofile.report.verdict import evidence
 from tests.unit.builders import build_profile
 from tests.unit.conftest import run
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 REAL = ["smollm2-135m", "gemma3-270m"]
-SECTIONS = ["what", "verdict", "plan", "damage", "similarity", "ratios", "distance", "heads", "budgets"]
+SECTIONS = ["verdict", "plan", "damage", "budgets", "heads", "similarity", "ratios", "distance", "what"]
 FIGURES = ["slots", "policies", "damage", "similarity", "wall", "ratios", "distance"]
 
 
@@ -182,11 +184,33 @@ def test_two_profiles_side_by_side(both):
     subjects, text = both
     page = Page(text)
     assert page.sections == SECTIONS
-    assert page.figures == [f"figure-{side}-{name}" for name in FIGURES for side in (0, 1)]
+    both_at_once = {"damage": ["figure-both-damage"]}
+    apart = {name: [f"figure-{side}-{name}" for side in (0, 1)] for name in FIGURES}
+    assert page.figures == [place for name in FIGURES for place in (apart | both_at_once)[name]]
+    assert "have not the same heads (30 x 3 and 18 x 1)" in page.words["plan"]
     for name in REAL:
         assert f"{name} from pypi:" in page.words["what"]
     with pytest.raises(UsageError, match="one profile or two"):
         report_html([*subjects, subjects[0]])
+
+
+def test_two_plans_of_one_model_are_subtracted_and_only_what_differs_is_told():
+    half = read_subject(PROFILES / "gemma3-270m.json")
+    plan = half.profile.replan(0.4, rule="uniform")
+    uniform = make_subject("uniform", plan, half.arrays)
+    page = Page(report_html([half, uniform]))
+    words = page.words["what"]
+    assert "Only what differs; the same in both: Model, Architecture, Text" in words
+    assert words.count("rule damage") == words.count("rule uniform") == 1
+    assert "Gemma3ForCausalLM" not in words
+    assert "figure-both-difference" in page.figures
+    shares = [[head.share for layer in side.profile.plan.layers for head in layer.heads] for side in (half, uniform)]
+    more = sum(other > own for own, other in zip(*shares, strict=True))
+    assert f"{more} of 3 keep more, {3 - more} less" in page.words["plan"]
+    plot = difference_map(half.profile, uniform.profile, WIDE)
+    labels = {text.get_gid(): text.get_text() for text in plot.axes[0].texts}
+    for layer, own, other in zip((5, 11, 17), *shares, strict=True):
+        assert float(labels[f"data-label.{layer}-0"]) == pytest.approx(other - own, abs=0.00501)
 
 
 def test_ids_are_unique(real, both):
@@ -199,7 +223,7 @@ def test_ids_are_unique(real, both):
 def test_the_json_alone_still_gives_a_report_that_says_what_it_lacks(tmp_path):
     path = shutil.copy(PROFILES / "gemma3-270m.json", tmp_path)
     page = Page(report_html([read_subject(Path(path))]))
-    assert "gemma3-270m.safetensors is not beside the profile" in page.words["what"]
+    assert "gemma3-270m.safetensors is not beside the profile" in page.words["verdict"]
     assert page.sections == SECTIONS
     assert page.figures == [f"figure-0-{name}" for name in ("slots", "policies", "ratios")]
     assert "cannot be priced" in page.words["budgets"]
@@ -219,7 +243,7 @@ def test_nothing_measured_is_a_dash_or_a_sentence():
     page = Page(text)
     assert "not checked on held-out text" in page.words["verdict"]
     assert "no persistence table" in page.words["ratios"]
-    assert "names no arrays file" in page.words["what"]
+    assert "names no arrays file" in page.words["verdict"]
     for word in ("nan", "None", "inf"):
         assert not re.search(rf"\b{word}\b", " ".join(page.words.values()))
 

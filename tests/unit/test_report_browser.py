@@ -1,18 +1,13 @@
 """The reports of real models as a browser shows them. Skipped where there is no playwright or no Chromium."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from kvprofile.report.html import read_subject, write_report
-
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install 'kvprofile[browser]'"
-)
+from tests.unit.browser import opened, started_browser  # noqa: F401  # the fixture `browser`
 
 PROFILES = Path(__file__).parents[2] / "profiles"
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Labels of the visible figures: pairs that overlap by more than a hair, and labels that leave their figure.
 COLLISIONS = """() => {
@@ -56,21 +51,6 @@ CONTRAST = """() => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        own = Path(started.chromium.executable_path)
-        path = next(filter(None, map(shutil.which, CHROMIUMS)), str(own) if own.exists() else None)
-        if path is None:
-            pytest.skip(
-                f"no Chromium: none of {', '.join(CHROMIUMS)} is on the path, and playwright has installed none"
-            )
-        # In containers tests often run as root, which Chromium's sandbox refuses. The page is our own.
-        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reports")
     subjects = [read_subject(PROFILES / f"{name}.json") for name in ("smollm2-135m", "gemma3-270m")]
@@ -82,28 +62,22 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m", "both"])
 def test_a_report_is_legible_and_fetches_nothing(name, theme, width, browser, pages):
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
-    page = context.new_page()
-    requests, complaints = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(pages[name].as_uri())
-    assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [pages[name].as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert (
-        page.evaluate("[...document.querySelectorAll('.table')].filter(t => t.scrollWidth > t.clientWidth + 1).length")
-        == 0
-    )
-    assert page.evaluate(COLLISIONS) == []
-    assert page.evaluate(CONTRAST) >= 4.5
-    shown = "wide" if width == 1280 and name != "both" else "narrow" if name != "both" else "both"
-    visible = page.evaluate(
-        "[...document.querySelectorAll('figure > div')].filter(d => d.offsetParent).map(d => d.className)"
-    )
-    assert set(visible) == {shown}
-    context.close()
+    viewport = {"width": width, "height": 900}
+    with opened(browser, pages[name], viewport=viewport, color_scheme=theme) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert (
+            page.evaluate(
+                "[...document.querySelectorAll('.table')].filter(t => t.scrollWidth > t.clientWidth + 1).length"
+            )
+            == 0
+        )
+        assert page.evaluate(COLLISIONS) == []
+        assert page.evaluate(CONTRAST) >= 4.5
+        shown = {"wide" if width == 1280 else "narrow"} | ({"both"} if name == "both" else set())
+        visible = page.evaluate(
+            "[...document.querySelectorAll('figure > div')].filter(d => d.offsetParent).map(d => d.className)"
+        )
+        assert set(visible) == shown
 
 
 def test_the_button_changes_the_theme_and_print_is_light(browser, pages):
