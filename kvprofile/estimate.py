@@ -1,34 +1,55 @@
 """What a calibration will cost, told from the model's configuration alone: tokens, time, memory.
 
-The weights' shapes come from a model on torch's meta device, which holds no numbers. Time is counted in multiply-adds and
-turned into seconds by a short matrix product on the device; memory is the sum of what is alive at once. Both are rough: a
-factor of two either way is usual on a busy machine.
+The weights' shapes come from a model on torch's meta device, which holds no numbers; what is done with them is counted
+(`kvprofile.cost`) and turned into seconds by four short measurements on the device.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvprofile.cost import Sizes, Work, checking, measuring, memory
 from kvprofile.fingerprint import model_facts
-from kvprofile.measure.damage import BUDGETS
-from kvprofile.merging.policies import POLICIES
 from kvprofile.probes import ProbeMix
-from kvprofile.sensitivity import DRAWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUESTION_TOKENS = 24  # of a planted fact or look-up, about
-LIBRARIES = 700 * 2**20  # bytes of a Python process with torch and transformers loaded
+LIBRARIES = 450 * 2**20  # bytes of a Python process with torch and transformers loaded
 
-# How many times longer a multiply-add takes than in a large matrix product: a prefill is mostly large products, damage
-# curves are many small ones with exponentials between them. Fitted to `benchmarks/calibrate.py` on SmolLM2-135M.
-PREFILL_SLOWDOWN = 1.3
-DAMAGE_SLOWDOWN = 11.0
-CHECK_READINGS = 3.5  # full cache, plan and uniform plan on every held-out sample, with their merging
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is: multiply-adds a second in the weights' dtype and in float32, seconds a number, a start.
+
+    element: seconds to put out an exponential and a product of a number, each into a new tensor. launch: seconds to start
+    an operation on a few numbers.
+    """
+
+    products: float
+    exact: float
+    element: float
+    launch: float
+
+    def seconds(self, work: Work) -> float:
+        """How long the work takes."""
+        return (
+            work.products / self.products
+            + work.exact / self.exact
+            + work.elements * self.element
+            + work.launches * self.launch
+        )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tokens to read, seconds, and bytes alive at once by what they are for; `cache` is one sample's full KV cache."""
+    """Tokens to read, seconds, and bytes alive at once by what they are for; `cache` is one sample's full KV cache.
+
+    `stages`: seconds of one sample of each stage by what they are for. `devices`: bytes by device where the model is spread
+    over several; `note` says what could not be known.
+    """
 
     parameters: int
     tokens: int
@@ -37,6 +58,9 @@ class Estimate:
     measure_seconds: float
     check_seconds: float
     memory: dict[str, int]
+    stages: dict[str, dict[str, float]]
+    devices: dict[str, int]
+    note: str
 
     @property
     def seconds(self) -> float:
@@ -54,76 +78,112 @@ def estimate(
     mix: ProbeMix | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    device_map: str | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    rates: Rates | None = None,
 ) -> Estimate:
     """Estimate a calibration of a model with this transformers configuration; no weights are read.
 
-    Raises UsageError for a device or dtype that cannot be used.
-    """
-    from kvprofile.models import choose_placement
+    With a `device_map` accelerate says where which layer would lie, within `max_memory` or what the devices have free.
+    `rates` stand in for those of the device.
 
-    target, weight_dtype, _ = choose_placement(device, dtype, None)
-    assert target is not None  # no device map was given
-    facts = model_facts(config)
-    layers, kv_heads, heads, dim = (facts[name] for name in ("layers", "kv_heads", "query_heads", "head_dim"))
-    merged = facts["attention"].count("full_attention")
-    body, vocabulary, total = _parameters(config)
-    item = weight_dtype.itemsize
+    Raises UsageError for a device, device map or dtype that cannot be used.
+    """
+    import torch
+
+    from kvprofile.models import choose_placement, stored_dtype
+
+    target, weight_dtype, _ = choose_placement(device, dtype, device_map, stored_dtype(config))
+    if target is None:
+        target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _meta_model(config)
+    sizes = _sizes(model, config, weight_dtype.itemsize)
     mix = mix or ProbeMix()
     planted = QUESTION_TOKENS * (mix.facts + mix.lookups)
     probe = mix.passages * mix.passage_tokens + mix.continuation_tokens + planted
-    rows = probe * heads
+    rates = rates or measure_rates(target, weight_dtype)
+    work = {"measure": measuring(sizes, tokens, probe, candidates), "check": checking(sizes, tokens)}
+    stages = {stage: {term: rates.seconds(part) for term, part in terms.items()} for stage, terms in work.items()}
+    held = memory(sizes, tokens, probe, candidates, check=held_out > 0) | {"libraries": LIBRARIES}
+    devices: dict[str, int] = {}
+    note = ""
+    if device_map is not None:
+        from kvprofile.placement import spread
 
-    prefill = tokens * body + 2 * tokens**2 * heads * dim * layers
-    answers = probe * (body + vocabulary * config.get_text_config(decoder=True).hidden_size)
-    gradients = (1 + DRAWS) * answers if candidates else 0
-    slots = tokens * sum(BUDGETS)  # over all the budgets a policy is measured at
-    damage = sum(merged * rows * dim * (tokens if POLICIES[name].only_drops else 2 * slots) for name in candidates)
-    rate = _rate(target, weight_dtype)
-    read_seconds, check_seconds = (PREFILL_SLOWDOWN * (prefill + more) / rate for more in (gradients, answers))
-    memory = {
-        "weights": total * item,
-        "cache": 2 * layers * kv_heads * dim * tokens * item,
-        "statistics": 8 * layers * kv_heads * (tokens + 1600 + 1024 + 3000),
-        "libraries": LIBRARIES,
-    }
-    if candidates:
-        # Probability tables of the probe's answers in float32, the probe's attention over one layer's context, its graph.
-        tables = 4 * probe * vocabulary * 4
-        weights = 4 * rows * tokens * 4
-        graph = probe * body // max(1, config.get_text_config(decoder=True).hidden_size) * item * 2
-        memory["probe"] = tables + weights + graph
+        devices, note = spread(
+            model, held, layers=sizes.layers, dtype=weight_dtype, device_map=device_map, max_memory=max_memory
+        )
     return Estimate(
-        parameters=total,
+        parameters=sizes.parameters,
         tokens=(samples + held_out) * tokens,
         device=str(target),
         dtype=str(weight_dtype).removeprefix("torch."),
-        measure_seconds=samples * (read_seconds + DAMAGE_SLOWDOWN * damage / rate),
-        check_seconds=held_out * CHECK_READINGS * check_seconds,
-        memory=memory,
+        measure_seconds=samples * sum(stages["measure"].values()),
+        check_seconds=held_out * sum(stages["check"].values()),
+        memory=held,
+        stages=stages,
+        devices=devices,
+        note=note,
     )
 
 
-def _parameters(config: Any) -> tuple[int, int, int]:
-    """Parameters a token passes through without embeddings, size of the vocabulary, parameters in all."""
+def _meta_model(config: Any) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _sizes(model: "PreTrainedModel", config: Any, item: int) -> Sizes:
+    facts, text = model_facts(config), config.get_text_config(decoder=True)
     total = sum(parameter.numel() for parameter in model.parameters())
     tables = {id(table.weight): table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings())}
-    text = config.get_text_config(decoder=True)
-    return total - sum(weight.numel() for weight in tables.values()), text.vocab_size, total
+    return Sizes(
+        layers=facts["layers"],
+        merged=facts["attention"].count("full_attention"),
+        heads=facts["query_heads"],
+        kv_heads=facts["kv_heads"],
+        dim=facts["head_dim"],
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        body=total - sum(weight.numel() for weight in tables.values()),
+        parameters=total,
+        item=item,
+    )
 
 
-def _rate(device: Any, dtype: Any, size: int = 1024) -> float:
-    """Multiply-adds a second of a square matrix product, the best of a few."""
+def measure_rates(device: Any, dtype: Any) -> Rates:
+    """Time a linear layer, passes over memory and starts of operations on the device: about a second."""
     import torch
 
-    factor = torch.ones(size, size, device=device, dtype=dtype)
+    def product(kind: Any) -> float:
+        weight, states = (torch.ones(size, 2048, device=device, dtype=kind) for size in (2048, 512))
+        return 2048 * 2048 * 512 / _shortest(lambda: torch.nn.functional.linear(states, weight), 5)
+
+    numbers, few = torch.ones(1 << 23, device=device), torch.ones(4, device=device)
+
+    def starts() -> Any:
+        started = few
+        for _ in range(500):
+            started = started + 1
+        return started
+
+    exact = product(torch.float32)
+    return Rates(
+        products=exact if dtype == torch.float32 else product(dtype),
+        exact=exact,
+        element=_shortest(lambda: torch.exp(numbers * 0.5), 5) / numbers.numel(),
+        launch=_shortest(starts, 3) / 500,
+    )
+
+
+def _shortest(action: Callable[[], Any], times: int) -> float:
+    """Seconds of the fastest of so many runs, until the device has finished."""
     best = float("inf")
-    for _ in range(5):
+    for _ in range(times):
         started = time.perf_counter()
-        (factor @ factor).sum().item()  # item() waits for the device
+        action().flatten()[0].item()  # item() waits for the device
         best = min(best, time.perf_counter() - started)
-    return size**3 / best
+    return best

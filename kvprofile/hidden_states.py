@@ -17,7 +17,7 @@ def watching_hidden(model: nn.Module, watch: HiddenWatcher) -> Iterator[None]:
     the first input after the attention that no earlier module of the layer has put out. Where attention and MLP run side by
     side there is no such input, and `watch` is not called.
     """
-    taps = [_Tap(layer, attention, watch) for layer, attention in _decoder_layers(model)]
+    taps = [_Tap(layer, attention, watch) for layer, attention in decoder_layers(model)]
     try:
         yield
     finally:
@@ -25,7 +25,7 @@ def watching_hidden(model: nn.Module, watch: HiddenWatcher) -> Iterator[None]:
             tap.remove()
 
 
-def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Every module with exactly one attention module among its children, and that."""
     for module in model.modules():
         attentions = [

@@ -87,10 +87,14 @@ def estimate(model: str, told: "Estimate", as_json: bool) -> None:
     table.add_row(
         "time",
         f"about {_duration(told.seconds)}: measuring {_duration(told.measure_seconds)}, check "
-        f"{_duration(told.check_seconds)} (within a factor of two; loading and fetching the model not counted)",
+        f"{_duration(told.check_seconds)} (on a machine as busy as now; loading and fetching the model not counted)",
     )
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in told.memory.items())
     table.add_row("memory", f"about {total / 2**30:.1f} GiB: {parts}")
+    for name, size in told.devices.items():
+        table.add_row(f"  {name}", f"{size / 2**30:.1f} GiB")
+    if told.note:
+        table.add_row("placement", told.note)
     Console(soft_wrap=True).print(table)
 
 

@@ -213,14 +213,12 @@ def _estimate(
     from kvprofile.probes import ProbeMix
 
     mix = ProbeMix.parse(probes)
-    if options["device_map"] is not None:
-        raise UsageError("--dry-run estimates for one device; leave --device-map out")
     config = load_config(model, options["revision"], log=say)
     if message := beyond_context(
         longest_text(config), size["tokens"] + mix.tokens, "samples and what is read after them take"
     ):
         warn(message)
     candidates = candidates_for(policy, choices.get("rule"))
-    placed = {"device": options["device"], "dtype": options["dtype"]}
+    placed = {name: options[name] for name in ("device", "dtype", "device_map")}
     told = estimate(config, candidates=candidates, mix=mix, **placed, **size)
     terminal.estimate(model, told, as_json)

@@ -8,14 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvprofile import doctor as doctor_module
 from kvprofile import load_profile, terminal
 from kvprofile.cli.common import track_of
-from kvprofile.estimate import estimate
-from kvprofile.measure.damage import BUDGETS
-from kvprofile.probes import ProbeMix
 from kvprofile.profile import HeadPlan
 from kvprofile.terminal import bar
 from tests.unit.builders import build_profile
@@ -121,37 +117,6 @@ def test_a_dry_run_tells_tokens_time_and_memory_and_loads_no_weights(tiny_folder
     assert values["memory_total"] == sum(values["memory"].values())
     assert values["seconds"] > 0
     assert os.listdir(tmp_path) == []
-
-
-def test_the_estimate_counts_what_a_real_model_has(tiny_folder):
-    config = AutoConfig.from_pretrained(tiny_folder)
-    told = estimate(config, samples=4, held_out=2, tokens=512, candidates=("h2o",), device="cpu", dtype="float32")
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    assert told.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert told.memory["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
-    layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
-    assert told.memory["cache"] == sum(2 * heads * dim * 4 for _ in range(layers) for _ in range(512))
-
-
-def test_the_estimate_grows_with_the_work(tiny_folder, monkeypatch):
-    monkeypatch.setattr("kvprofile.estimate._rate", lambda *_: 1e9)  # the same machine, whatever else runs on it
-    config = AutoConfig.from_pretrained(tiny_folder)
-
-    def told(**changes):
-        return estimate(config, **{"samples": 4, "held_out": 2, "tokens": 512, "candidates": ("h2o",), **changes})
-
-    usual = told()
-    assert told(samples=8).measure_seconds == pytest.approx(2 * usual.measure_seconds)
-    assert told(held_out=0).check_seconds == 0
-    assert told(candidates=()).measure_seconds < usual.measure_seconds
-    # A merging policy attends to the slots of every budget anew, keys and values; a dropping one adds up values once.
-    both, alone = told(candidates=("h2o", "gauss")).measure_seconds, told(candidates=("gauss",)).measure_seconds
-    twice = told(candidates=("h2o", "h2o")).measure_seconds
-    assert (both - usual.measure_seconds) / (both - alone) == pytest.approx(2 * sum(BUDGETS))
-    assert twice - usual.measure_seconds == pytest.approx(both - alone)
-    assert told(mix=ProbeMix(passages=32)).measure_seconds > usual.measure_seconds
-    plain, longer = (told(tokens=tokens, candidates=()).measure_seconds for tokens in (512, 1024))
-    assert 2 * plain < longer < 4 * plain  # weights grow with the tokens, attention with their square
 
 
 def test_validate_with_and_without_a_model(tiny_profile, tiny_folder, tmp_path):
