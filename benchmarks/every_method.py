@@ -54,17 +54,15 @@ def compare(
     methods = methods_of(loaded, profile, arguments)
     store = open_store(arguments.output.with_suffix(".rows.jsonl"))
     rows = run_fidelity(
-        loaded, make_documents(loaded, choices), methods, store, seed=choices.seed, track=_track_on_stderr()
+        loaded, make_documents(loaded, choices), methods, store, seed=choices.seed, track=TrackOnStderr()
     )
     results = results_of(rows, facts_of(loaded, choices, {arguments.profile.stem: profile}, {}))
     write_results(results, rows, arguments.output, judged=[OWN])
     return arguments, results["methods"]
 
 
-def _track_on_stderr() -> Track:
-    def track(items, label):
+class TrackOnStderr(Track):
+    def __call__(self, items, label):
         for number, item in enumerate(items, start=1):
             print(f"{label}: document {number} of {len(items)}", file=sys.stderr, flush=True)
             yield item
-
-    return track

@@ -1,55 +1,38 @@
 """The run: a model reads samples, statistics become a plan, the plan is checked on text it has not seen."""
 
-import platform
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvprofile import __version__
+from kvprofile.assemble import make_profile
 from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
-from kvprofile.fingerprint import model_facts
-from kvprofile.hidden_states import watching_hidden
-from kvprofile.measure.damage import BUDGETS, DamageCurves
-from kvprofile.measure.persistence import persistence
-from kvprofile.measure.ratios import THRESHOLDS
+from kvprofile.hidden_states import count_layers, counting_layers, watching_hidden
+from kvprofile.measure.damage import Reading
 from kvprofile.measure.statistics import Statistics
 from kvprofile.merging.policies import POLICIES
 from kvprofile.merging.scores import attention_mass, mass_stride
 from kvprofile.merging.sets import RULES
 from kvprofile.models import LoadedModel
 from kvprofile.observe import observing
-from kvprofile.plans import AUTO, make_plan
+from kvprofile.partials import Partial, join
+from kvprofile.plans import AUTO
 from kvprofile.planting import plant
 from kvprofile.probes import ProbeMix, make_probe
-from kvprofile.profile import (
-    Calibration,
-    Created,
-    DamageFacts,
-    LayerStatistics,
-    ModelFacts,
-    PolicyFacts,
-    Profile,
-    TextFacts,
-)
-from kvprofile.profile import Statistics as StatisticsFacts
-from kvprofile.resume import Checkpoint, run_facts
+from kvprofile.profile import Profile
+from kvprofile.runs import Run, empty_statistics, facts_of, run_of
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.samples import Sample, SampleSet
 from kvprofile.sensitivity import read_probe
 from kvprofile.solve import check_budget
-from kvprofile.tracking import Track, untracked
+from kvprofile.tracking import Parts, Track, untracked
+from kvprofile.workers import ALONE, Workers
 
 # The policies a head may choose between: of all in `POLICIES`, tried on samples apart, the few that add to one another.
 CANDIDATES = ("value-attention", "gather-mended", "zsmerge", "attention", "snapkv-128")
@@ -69,6 +52,7 @@ def calibrate(
     seed: int = 0,
     command: str = "",
     checkpoint: Path | None = None,
+    workers: Workers = ALONE,
     track: Track = untracked,
     warn: Callable[[str], None] = lambda message: warnings.warn(message, stacklevel=2),
 ) -> tuple[Profile, dict[str, NDArray[np.generic]]]:
@@ -76,91 +60,80 @@ def calibrate(
 
     `policy` is one name or `auto`, which lets every head choose among `CANDIDATES`. `rule` spends the budget: by the
     measured damage unless said otherwise. `mix` says what is read from the merged cache (`ProbeMix`). `samples` are
-    read one at a time; `track(items, label)` may wrap the loops to show progress. If the plan does not beat uniform
+    read one at a time; `track` may wrap the loops to show progress. If the plan does not beat uniform
     shares on held-out text, `warn` says so and the uniform plan is returned. The profile names no arrays file yet:
-    `save_profile` writes both. The statistics are kept in the file `checkpoint` after every sample; if it is there
-    already, the run goes on from it. Remove it when the profile is saved.
+    `save_profile` writes both. Every sample's statistics are kept in the folder `checkpoint`; what is there already is not
+    measured again. Remove it when the profile is saved. With `workers` every process calls this with the same arguments,
+    measures its share, and gets the same profile.
 
     Raises UsageError for a bad budget or policy, or samples without a continuation, MismatchError where the budget is out
-    of reach, KVProfileError where the model's attention cannot be observed or the checkpoint is of another run.
+    of reach, KVProfileError where the model's attention cannot be observed, the checkpoint is of another run, or another
+    process has ended.
     """
     started = time.perf_counter()
-    mix = mix or ProbeMix()
     check_budget(budget)
-    if policy not in (AUTO, *POLICIES):
-        raise UsageError(f"unknown policy {policy!r}; expected auto or one of {', '.join(POLICIES)}")
-    if any(not len(sample.continuation) for sample in (*samples.calibration, *samples.held_out)):
-        raise UsageError(
-            "a sample has no continuation, the text that follows its context and is read from the merged cache; make the "
-            "samples with continuation=256"
-        )
-    read = max(
-        (len(sample.context) + max(len(sample.continuation), mix.tokens) for sample in samples.calibration), default=0
-    )
-    if message := beyond_context(longest_text(loaded.model.config), read, "samples and what is read after them take"):
-        warn(message)
-    base = "gauss" if policy == AUTO else policy
-    candidates = candidates_for(policy, rule)
-    facts = ModelFacts(
-        name=loaded.name, source=loaded.source, revision=loaded.revision, **model_facts(loaded.model.config)
-    )
-    kept = None
+    mix = mix or ProbeMix()
+    run = _run_of(loaded, samples, policy, rule, mix=mix, seed=seed, warn=warn)
     if checkpoint is not None:
-        kept = Checkpoint(
-            checkpoint, run_facts(loaded, samples, policy=base, candidates=candidates, mix=mix, seed=seed)
+        wanted = range(run.samples)
+        measure_into(Partial(checkpoint, run), loaded, samples.calibration, wanted, workers=workers, track=track)
+        _, statistics = join([checkpoint])
+        workers.meet()  # all have read the samples: whoever writes the profile may remove them
+    elif workers.size > 1:
+        raise UsageError(
+            "several processes join what they measured through files; give checkpoint, a folder all can reach"
         )
-    statistics = measure(
-        loaded, samples.calibration, base, candidates=candidates, mix=mix, seed=seed, checkpoint=kept, track=track
+    else:
+        statistics = measure(
+            loaded, samples.calibration, run.base, candidates=run.candidates, mix=mix, seed=seed, track=track
+        )
+    profile, arrays = make_profile(
+        run,
+        statistics,
+        budget,
+        rule=rule,
+        objective=objective,
+        granularity=granularity,
+        mode=mode,
+        command=command,
     )
-    arrays = statistics.finish()
     damage = None if statistics.damage is None else statistics.damage.moments.mean
-    statistics_facts = _statistics_facts(statistics, base, mix)
-    policies = {
-        name: PolicyFacts.model_validate(POLICIES[name].to_dict()) for name in dict.fromkeys((*candidates, base))
-    }
-    calibration = Calibration(
-        text=samples.description,
-        seed=seed,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device=loaded.model.device.type,
-        digest=samples.digest,
-        measured=_text_facts(samples.calibration),
-        held_out=_text_facts(samples.held_out),
+    profile = check_profile(
+        loaded.model, profile, damage, samples.held_out, seed=seed, workers=workers, track=track, warn=warn
     )
-    profile = Profile(
-        schema_version=1,
-        created=Created(
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=command,
-            seconds=0.0,
-            kvprofile=__version__,
-            python=platform.python_version(),
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-        ),
-        model=facts,
-        calibration=calibration,
-        policies=policies,
-        statistics=statistics_facts,
-        plan=make_plan(
-            facts,
-            policies,
-            statistics_facts,
-            damage,
-            budget,
-            tokens=calibration.measured.tokens,
-            policy=policy,
-            rule=rule or ("damage" if candidates else "uniform"),
-            measured=arrays,
-            objective=objective,
-            granularity=granularity,
-            mode=mode,
-        ),
-        check=None,
-    )
-    profile = check_profile(loaded.model, profile, damage, samples.held_out, seed=seed, track=track, warn=warn)
     created = profile.created.model_copy(update={"seconds": round(time.perf_counter() - started, 1)})
     return profile.model_copy(update={"created": created}), arrays
+
+
+def calibrate_shard(
+    loaded: LoadedModel,
+    samples: SampleSet,
+    shard: tuple[int, int],
+    *,
+    policy: str = AUTO,
+    rule: str | None = None,
+    mix: ProbeMix | None = None,
+    seed: int = 0,
+    checkpoint: Path,
+    workers: Workers = ALONE,
+    track: Track = untracked,
+    warn: Callable[[str], None] = lambda message: warnings.warn(message, stacklevel=2),
+) -> list[int]:
+    """Measure shard (2, 8), the second eighth of the samples, into the folder `checkpoint`; returns their indices.
+
+    `kvprofile.partials.join` makes statistics of all shards, `kvprofile.assemble.make_profile` a profile of these. Raises
+    UsageError for more shards than samples, otherwise as `calibrate` does.
+    """
+    number, shards = shard
+    run = _run_of(loaded, samples, policy, rule, mix=mix or ProbeMix(), seed=seed, warn=warn)
+    if shards > run.samples:
+        raise UsageError(
+            f"{shards} shards of {run.samples} samples leave some empty; ask for more --samples or fewer shards"
+        )
+    wanted = range(number - 1, run.samples, shards)
+    partial = Partial(checkpoint, run, shards)
+    measure_into(partial, loaded, samples.calibration, wanted, workers=workers, track=track)
+    return list(wanted)
 
 
 def candidates_for(policy: str, rule: str | None) -> tuple[str, ...]:
@@ -173,6 +146,33 @@ def candidates_for(policy: str, rule: str | None) -> tuple[str, ...]:
     return (policy,) if rule in (None, "damage") and POLICIES[policy].rule not in ("anchor", "complete") else ()
 
 
+def _run_of(
+    loaded: LoadedModel,
+    samples: SampleSet,
+    policy: str,
+    rule: str | None,
+    *,
+    mix: ProbeMix,
+    seed: int,
+    warn: Callable[[str], None],
+) -> Run:
+    """What is to be measured; what cannot be is refused, and what is odd is told."""
+    if policy not in (AUTO, *POLICIES):
+        raise UsageError(f"unknown policy {policy!r}; expected auto or one of {', '.join(POLICIES)}")
+    if any(not len(sample.continuation) for sample in (*samples.calibration, *samples.held_out)):
+        raise UsageError(
+            "a sample has no continuation, the text that follows its context and is read from the merged cache; make the "
+            "samples with continuation=256"
+        )
+    read = max(
+        (len(sample.context) + max(len(sample.continuation), mix.tokens) for sample in samples.calibration), default=0
+    )
+    if message := beyond_context(longest_text(loaded.model.config), read, "samples and what is read after them take"):
+        warn(message)
+    base, candidates = "gauss" if policy == AUTO else policy, candidates_for(policy, rule)
+    return run_of(loaded, samples, policy=policy, base=base, candidates=candidates, mix=mix, seed=seed)
+
+
 def measure(
     loaded: LoadedModel,
     samples: Sequence[Sample],
@@ -182,35 +182,58 @@ def measure(
     candidates: Sequence[str] = (),
     mix: ProbeMix | None = None,
     seed: int = 0,
-    checkpoint: Checkpoint | None = None,
     track: Track = untracked,
 ) -> Statistics:
     """Read the samples and accumulate the statistics; memory does not grow with their number.
 
-    Ratios are measured for `rules` with the protected tokens of `policy`, damage for the `candidates`. A `checkpoint` is
-    written after every sample, and gone on from where it is there.
+    Ratios are measured for `rules` with the protected tokens of `policy`, damage for the `candidates`.
     """
     mix = mix or ProbeMix()
-    facts = model_facts(loaded.model.config)
-    merged = [index for index, kind in enumerate(facts["attention"]) if kind == "full_attention"]
     tokens = max(len(sample.context) for sample in samples)
-    curves = (
-        DamageCurves(len(merged), facts["kv_heads"], [(name, POLICIES[name]) for name in candidates], mix.kinds)
-        if candidates
-        else None
-    )
-    statistics = Statistics(facts["layers"], facts["kv_heads"], tokens, POLICIES[policy], rules=rules, damage=curves)
-    done = 0 if checkpoint is None else checkpoint.load(statistics)
-    for index, sample in enumerate(track(samples[done:], "measure"), start=done):
-        _read(loaded, sample, statistics, merged, mix, seed=seed * 1_000_003 + index)
-        if checkpoint is not None:
-            checkpoint.save(statistics, index + 1)
+    curves = [(name, POLICIES[name]) for name in candidates]
+    statistics = empty_statistics(facts_of(loaded), tokens, POLICIES[policy], curves, mix, rules=rules)
+    for index, sample in enumerate(track(samples, "measure")):
+        _read(loaded, sample, statistics, mix, seed=_seed(seed, index), track=track)
     return statistics
 
 
-def _read(
-    loaded: LoadedModel, sample: Sample, statistics: Statistics, merged: list[int], mix: ProbeMix, *, seed: int
+def measure_into(
+    partial: Partial,
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    wanted: Sequence[int],
+    *,
+    workers: Workers = ALONE,
+    track: Track = untracked,
 ) -> None:
+    """Measure the `wanted` samples that `partial` does not hold yet, each into a file of its own.
+
+    With several `workers` each measures its share, and all return when all are done.
+    """
+    run = partial.run
+    # The first process looks for all: files appear while the others would.
+    done = partial.done() if workers.rank == 0 else set(wanted)
+    missing = np.array([float(index not in done) for index in wanted])
+    todo = [index for index, lacks in zip(wanted, workers.total(missing), strict=True) if lacks]
+    for index in track(workers.share(todo), "measure"):
+        statistics = run.statistics()
+        _read(loaded, samples[index], statistics, run.mix, seed=_seed(run.calibration.seed, index), track=track)
+        partial.save(index, statistics)
+    workers.meet()
+
+
+def _seed(seed: int, index: int) -> int:
+    """The seed of one sample's draws: it follows from its index, whoever reads it."""
+    return seed * 1_000_003 + index
+
+
+def _read(
+    loaded: LoadedModel, sample: Sample, statistics: Statistics, mix: ProbeMix, *, seed: int, track: Track
+) -> None:
+    model, curves = loaded.model, statistics.damage
+    merged = facts_of(loaded).full_attention_layers()
+    parts = Parts(track, count_layers(model) if curves is None else 2 * count_layers(model) + len(merged))
+
     def on_context(layer: int, call: AttentionCall, mass: Tensor | None) -> None:
         statistics.update(layer, sample.kind, call, mass)
 
@@ -227,53 +250,19 @@ def _read(
             )
         on_context(layer, call, mass)
 
-    with observing(loaded.model) as observer, watching_hidden(loaded.model, statistics.change.update):
-        curves = statistics.damage
+    def on_probe(layer: int, reading: Reading) -> None:
+        assert curves is not None  # the probe is read for them
+        curves.update(merged.index(layer), reading)
+        parts.tick()
+
+    with (
+        observing(model) as observer,
+        watching_hidden(model, statistics.change.update),
+        counting_layers(model, parts.tick),
+    ):
         if curves is None:
             observer.read(sample.context, on_plain_context)
             return
         context, questions = plant(sample.context, loaded.tokenizer, facts=mix.facts, lookups=mix.lookups, seed=seed)
-        read_probe(
-            observer,
-            make_probe(context, sample.continuation, seed, mix=mix, questions=questions),
-            on_context,
-            lambda layer, reading: curves.update(merged.index(layer), reading),
-            layers=merged,
-            seed=seed,
-        )
-
-
-def _statistics_facts(statistics: Statistics, policy: str, mix: ProbeMix) -> StatisticsFacts:
-    """The part of the statistics that goes into the JSON: the ratios under the policy's own rule, and persistence."""
-    own = POLICIES[policy].rule
-    rule = own if own in ("anchor", "complete") else "chain"
-    index = statistics.ratios.rules.index(rule)
-    overall = statistics.ratios.overall()
-    mean, std = overall.mean[:, index, :-1].round(4), overall.std()[:, index, :-1].round(4)
-    return StatisticsFacts(
-        rule=rule,  # type: ignore[arg-type]
-        policy=policy,
-        thresholds=THRESHOLDS.tolist(),
-        layers=[
-            LayerStatistics(layer=layer, ratio=mean[layer].tolist(), ratio_std=std[layer].tolist())
-            for layer in range(len(mean))
-        ],
-        persistence=persistence(statistics.ratios, rule),
-        damage=None
-        if statistics.damage is None
-        else DamageFacts(
-            policies=[name for name, _ in statistics.damage.policies],
-            budgets=list(BUDGETS),
-            kinds=list(mix.kinds),
-            **asdict(mix),
-        ),
-        arrays=None,
-    )
-
-
-def _text_facts(samples: Sequence[Sample]) -> TextFacts:
-    return TextFacts(
-        samples=len(samples),
-        tokens=max((len(sample.context) for sample in samples), default=0),
-        kinds=dict(sorted(Counter(sample.kind for sample in samples).items())),
-    )
+        probe = make_probe(context, sample.continuation, seed, mix=mix, questions=questions)
+        read_probe(observer, probe, on_context, on_probe, layers=merged, seed=seed)

@@ -1,4 +1,4 @@
-"""Taps the hidden state before and after every layer's attention."""
+"""Taps the decoder layers of a running model: the hidden state before and after attention, and how far a forward is."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,22 @@ def watching_hidden(model: nn.Module, watch: HiddenWatcher) -> Iterator[None]:
     finally:
         for tap in taps:
             tap.remove()
+
+
+@contextmanager
+def counting_layers(model: nn.Module, tick: Callable[[], None]) -> Iterator[None]:
+    """Call `tick` whenever a decoder layer has run."""
+    handles = [layer.register_forward_hook(lambda *_: tick()) for layer, _ in decoder_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_layers(model: nn.Module) -> int:
+    """How many decoder layers `counting_layers` hears of in one forward."""
+    return sum(1 for _ in decoder_layers(model))
 
 
 def decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -12,6 +12,7 @@ from kvprofile.cli.group import Group
 
 COMMANDS = (
     "calibrate",
+    "merge",
     "plan",
     "show",
     "report",

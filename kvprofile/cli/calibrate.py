@@ -1,23 +1,22 @@
 """`kvprofile calibrate`: measure a model, solve, check, write a profile."""
 
-import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_loudness, check_writable, load, log_of, peak_memory, say, track_of, warn
+from kvprofile.cli.calibrating import Request, output_of
+from kvprofile.cli.calibrating import calibrate as run
+from kvprofile.cli.common import check_loudness, say, warn
 from kvprofile.cli.options import (
     POLICY_NAMES,
     budget_of,
     model_options,
     plan_choices,
     plan_options,
+    shard_of,
     speech_options,
 )
-from kvprofile.errors import KVProfileError, UsageError
 
 
 @click.command(short_help="Measure MODEL and write its profile.")
@@ -67,6 +66,12 @@ from kvprofile.errors import KVProfileError, UsageError
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan and the check as JSON on stdout.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted or killed.")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    callback=shard_of,
+    help="Only measure share I of N of the samples, for kvprofile merge.",
+)
 @click.option("--dry-run", is_flag=True, help="Only tell tokens, time and memory it would take; loads no weights.")
 @speech_options
 @model_options
@@ -86,6 +91,7 @@ def calibrate(
     force: bool,
     as_json: bool,
     resume: bool,
+    shard: tuple[int, int] | None,
     dry_run: bool,
     quiet: bool,
     verbose: bool,
@@ -112,9 +118,11 @@ def calibrate(
       kvprofile calibrate smollm2-135m --budget 0.5 -o profile.json --report
       kvprofile calibrate ./my-llama --data corpus.jsonl --column text --samples 32 --tokens 4096
       kvprofile calibrate ./my-llama --tokens 4096 --dry-run
+      torchrun --nproc-per-node 8 -m kvprofile calibrate ./my-llama -o profile.json
+      kvprofile calibrate ./my-llama --shard 2/8 -o profile.json
 
-    The statistics are kept after every sample in PROFILE.partial.safetensors, from which --resume goes on;
-    the file is removed when the profile is written.
+    Every sample's statistics are kept in the folder PROFILE.partial, from which --resume goes on; it is removed when
+    the profile is written. Under torchrun the processes share the samples: docs/many-gpus.md.
     """
     check_loudness(quiet, verbose)
     choices = plan_choices(options)
@@ -122,77 +130,30 @@ def calibrate(
         size = {"samples": samples, "held_out": held_out, "tokens": tokens}
         _estimate(model, options, policy, choices, probes, as_json, size)
         return
-    from kvprofile.model_names import resolve
-
-    resolve(model, options["revision"])  # a wrong name is told before the text is read
-    output = output or Path(f"{Path(os.path.abspath(model)).name.removesuffix('.gguf')}.json")
-    if output.suffix == ".safetensors":
-        raise UsageError(f"-o {output} is the name the arrays would get; give the profile a name that ends in .json")
-    page = output.with_suffix(".html")
-    for file in (output, output.with_suffix(".safetensors"), *((page,) if report else ())):
-        check_writable(file, force)
-    from kvprofile.resume import checkpoint_path, samples_done
-
-    checkpoint = checkpoint_path(output)
-    if checkpoint.exists() and not (resume or force):
-        raise KVProfileError(
-            f"{checkpoint} is left from an interrupted run; give --resume to go on with it, or --force to begin anew"
-        )
-    from kvprofile import terminal
-    from kvprofile.calibration import calibrate as run
-    from kvprofile.probes import ProbeMix
-    from kvprofile.samples import load_documents, make_samples
-    from kvprofile.storage import save_profile
-
-    mix = ProbeMix.parse(probes)
-    log, detail = log_of(quiet), log_of(not verbose)
-    documents = load_documents(data, column=column, seed=seed)
-    loaded = load(model, options, log, verbose=verbose)
-    blocks = make_samples(
-        documents, loaded.tokenizer, samples=samples, tokens=tokens, held_out=held_out, continuation=256, seed=seed
-    )
-    detail(f"text: {blocks.description}")
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
-    elif done := samples_done(checkpoint):
-        log(f"going on after {done} of {samples} samples")
-    else:
-        log(f"nothing to resume: no {checkpoint}; beginning with the first sample")
-    try:
-        profile, arrays = run(
-            loaded,
-            blocks,
+    run(
+        Request(
+            model=model,
             budget=budget,
+            output=output or output_of(model),
+            report=report,
+            data=data,
+            column=column,
+            samples=samples,
+            held_out=held_out,
+            tokens=tokens,
             policy=policy,
-            mix=mix,
             seed=seed,
-            command=shlex.join(["kvprofile", *sys.argv[1:]]),
-            checkpoint=checkpoint,
-            track=track_of(quiet),
-            warn=warn,
-            **choices,
+            probes=probes,
+            force=force,
+            as_json=as_json,
+            resume=resume,
+            shard=shard,
+            quiet=quiet,
+            verbose=verbose,
+            choices=choices,
+            options=options,
         )
-    except KeyboardInterrupt:
-        if not (done := samples_done(checkpoint)):
-            raise
-        raise KeyboardInterrupt(
-            f"Interrupted with {done} of {samples} samples measured; the same command with --resume goes on from there."
-        ) from None
-    detail(f"measured, solved and checked in {profile.created.seconds:.0f} s, peak memory {peak_memory()}")
-    profile, written = save_profile(profile, arrays, output, force=force)
-    checkpoint.unlink(missing_ok=True)
-    if report:
-        from kvprofile.report.html import make_subject, write_report
-
-        written.append(write_report([make_subject(output.stem, profile, arrays)], page, force=force))
-    if as_json:
-        click.echo(terminal.as_json(profile))
-    if not quiet:
-        from kvprofile.report.budgets import costs
-
-        terminal.verdict(profile, costs(profile, arrays))
-        for path in written:
-            click.echo(f"Wrote {path}", err=True)
+    )
 
 
 def _estimate(

@@ -2,9 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,6 @@ from kvprofile.errors import KVProfileError, UsageError
 if TYPE_CHECKING:
     from kvprofile.models import LoadedModel
     from kvprofile.tracking import Track
-
-T = TypeVar("T")
 
 
 def say(message: str) -> None:
@@ -74,10 +72,6 @@ def check_writable(path: Path, force: bool) -> None:
 
 def track_of(quiet: bool) -> "Track":
     """Progress bars for loops; none with --quiet or where stderr is not a terminal."""
-    from tqdm import tqdm
+    from kvprofile.cli.bars import Bars
 
-    def track(items: Sequence[T], label: str) -> Iterable[T]:
-        # disable=None: no bar where stderr is not a terminal.
-        return tqdm(items, desc=label, unit="sample", disable=True if quiet else None)
-
-    return track
+    return Bars(quiet)

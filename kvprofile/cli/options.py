@@ -102,3 +102,17 @@ def budget_of(_ctx: click.Context, _param: click.Parameter, value: float) -> flo
     from kvprofile.solve import check_budget
 
     return check_budget(value)
+
+
+def shard_of(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """Read --shard (a click callback): `2/8` is (2, 8), the second eighth."""
+    from kvprofile.errors import UsageError
+
+    if value is None:
+        return None
+    number, _, shards = value.partition("/")
+    if not (number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
+        raise UsageError(
+            f"--shard {value} is no share of the samples; expected I/N with I from 1 to N, for example 2/8"
+        )
+    return int(number), int(shards)

@@ -11,12 +11,17 @@ from transformers.cache_utils import Cache
 
 from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, read_through
 from kvprofile.evaluate.intervals import bootstrap
+from kvprofile.hidden_states import count_layers, counting_layers
 from kvprofile.plans import replan
 from kvprofile.profile import Achieved, Check, Fidelity, ModeCheck, Profile
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 from kvprofile.samples import Sample
-from kvprofile.tracking import Track, untracked
+from kvprofile.tracking import Parts, Track, untracked
+from kvprofile.workers import ALONE, Workers
+
+FIGURES = 6  # of one sample through one merger
+READS = 3  # forwards of one sample through one cache: its context, recall, continuation
 
 
 def check_profile(
@@ -26,13 +31,14 @@ def check_profile(
     held_out: Sequence[Sample],
     *,
     seed: int = 0,
+    workers: Workers = ALONE,
     track: Track = untracked,
     warn: Callable[[str], None],
 ) -> Profile:
     """The profile with its check: the plan and the uniform plan of the same size on held-out samples.
 
     If the plan does not beat uniform shares there, `warn` is told and the uniform plan takes its place. Without held-out
-    samples the profile is returned as it is.
+    samples the profile is returned as it is. Several `workers` read a share of the samples each and get the same profile.
     """
     if not held_out:
         return profile
@@ -46,16 +52,15 @@ def check_profile(
     }
     if _same(profile, uniform):
         del mergers["uniform"]
-    results: dict[str, list[_Result]] = {name: [] for name in mergers}
-    for index, sample in enumerate(track(held_out, "check")):
-        trial = make_trial(sample.context, sample.continuation, seed=seed * 1_000_003 + index)
-        full: list[int] = []
-        stock = DynamicCache(config=model.config)
-        reference = read_through(model, stock, trial, lambda cache: full.append(allocated_bytes(cache)))  # noqa: B023
-        for name, merger in mergers.items():
-            rows, ratio, size = run_merged(model, merger, trial, profile.attention_layers())
-            recall, continuation = (distance(*pair) for pair in zip(reference, rows, strict=True))
-            results[name].append(_Result(ratio, size / full[0], recall, continuation))
+    # Each of the `workers` reads its share; every other number is zero, so that their sum is all of them.
+    found = np.zeros((len(mergers), len(held_out), FIGURES))
+    for index in track(workers.share(range(len(held_out))), "check"):
+        trial = make_trial(held_out[index].context, held_out[index].continuation, seed=seed * 1_000_003 + index)
+        parts = Parts(track, count_layers(model) * READS * (1 + len(mergers)))
+        found[:, index] = _measure(model, list(mergers.values()), trial, profile.attention_layers(), parts.tick)
+    results = {
+        name: [_Result.of(row) for row in rows] for name, rows in zip(mergers, workers.total(found), strict=True)
+    }
     modes = {name: _mode_check(rows, profile.plan.budget) for name, rows in results.items()}
     check = Check(
         threshold=modes.get("threshold"),
@@ -85,14 +90,44 @@ class _Result:
     recall: Distance
     continuation: Distance
 
+    @classmethod
+    def of(cls, row: NDArray[np.float64]) -> "_Result":
+        """From its `FIGURES` numbers, in the order of `_measure`."""
+        ratio, size, *figures = row.tolist()
+        return cls(ratio, size, Distance(*figures[:2]), Distance(*figures[2:]))
+
+
+def _measure(
+    model: PreTrainedModel,
+    mergers: Sequence[KVMerger],
+    trial: Trial,
+    layers: Sequence[int],
+    tick: Callable[[], None],
+) -> NDArray[np.float64]:
+    """One held-out sample through every merger: slots, bytes, then KL and top-1 of recall and continuation."""
+    full: list[int] = []
+    stock = DynamicCache(config=model.config)
+    with counting_layers(model, tick):
+        reference = read_through(model, stock, trial, lambda cache: full.append(allocated_bytes(cache)))
+    rows = []
+    for merger in mergers:
+        read, ratio, size = run_merged(model, merger, trial, layers, tick)
+        recall, continuation = (distance(*pair) for pair in zip(reference, read, strict=True))
+        rows.append([ratio, size / full[0], recall.kl, recall.top1, continuation.kl, continuation.top1])
+    return np.array(rows)
+
 
 def run_merged(
-    model: PreTrainedModel, merger: KVMerger, trial: Trial, layers: Sequence[int]
+    model: PreTrainedModel,
+    merger: KVMerger,
+    trial: Trial,
+    layers: Sequence[int],
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Tensor, Tensor], float, int]:
     """One trial through one merger.
 
     Returns the log-probabilities of recall and continuation, slots over tokens of `layers` after the context, and the
-    bytes allocated then.
+    bytes allocated then; `tick` hears of every layer of every forward.
     """
     measured: list[tuple[float, int]] = []
 
@@ -103,7 +138,8 @@ def run_merged(
 
     merger.attach(model)
     try:
-        rows = read_through(model, merger.cache(), trial, after_context)
+        with counting_layers(model, tick):
+            rows = read_through(model, merger.cache(), trial, after_context)
     finally:
         merger.detach()
     return rows, *measured[0]

@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kvprofile.calibration import CANDIDATES, measure
+from kvprofile.calibration import CANDIDATES, measure, measure_into
 from kvprofile.errors import KVProfileError
 from kvprofile.models import load_model
-from kvprofile.resume import Checkpoint, checkpoint_path, run_facts, samples_done
+from kvprofile.partials import Partial, join, partial_path, sample_files
+from kvprofile.probes import ProbeMix
+from kvprofile.run_facts import run_facts
+from kvprofile.runs import run_of
 from kvprofile.samples import load_documents, make_samples
+from kvprofile.tracking import Track
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
 
@@ -27,16 +31,19 @@ def command(folder, text, output, *more):
     return ["calibrate", str(folder), "--data", str(text), "-o", str(output), *SIZE, *more]
 
 
+def samples_done(output):
+    return len(sample_files(partial_path(output)))  # written in one step: never half there
+
+
 def killed_after(samples, arguments, output, how):
     """Run the command line and send it a signal as soon as so many samples are on the disk; returns (code, stderr)."""
     process = subprocess.Popen([sys.executable, "-m", "kvprofile", *arguments], stderr=subprocess.PIPE, text=True)
-    partial = checkpoint_path(output)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and samples_done(partial) >= samples:  # written in one step: never half there
+        if samples_done(output) >= samples:
             process.send_signal(how)
             break
-        time.sleep(0.002)
+        time.sleep(0.01)
     _, told = process.communicate(timeout=60)
     return process.returncode, told
 
@@ -67,17 +74,17 @@ def test_kill_and_resume_gives_the_same_bytes(whole, tiny_folder, tiny_text_file
     arguments = command(tiny_folder, tiny_text_file, output)
     code, _ = killed_after(2, arguments, output, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    done = samples_done(checkpoint_path(output))
+    done = samples_done(output)
     assert 2 <= done <= 5
-    assert os.listdir(tmp_path) == ["p.partial.safetensors"]
+    assert os.listdir(tmp_path) == ["p.partial"]
 
     # Without --resume it is neither taken nor thrown away.
-    refused(run(*arguments), 1, "p.partial.safetensors", "--resume", "--force")
-    assert samples_done(checkpoint_path(output)) == done
+    refused(run(*arguments), 1, "p.partial", "--resume", "--force")
+    assert samples_done(output) == done
 
     # Another calibration does not take it.
     refused(run(*arguments, "--resume", "--seed", "1"), 1, "belongs to another calibration: its text is", "--force")
-    assert samples_done(checkpoint_path(output)) == done
+    assert samples_done(output) == done
 
     result = run(*arguments, "--resume")
     assert result.exit_code == 0, result.output
@@ -93,7 +100,7 @@ def test_ctrl_c_tells_how_to_go_on(whole, tiny_folder, tiny_text_file, tmp_path)
     assert code == 130, told
     assert "Traceback" not in told
     assert "of 5 samples measured; the same command with --resume goes on from there" in told
-    assert os.listdir(tmp_path) == ["p.partial.safetensors"]
+    assert os.listdir(tmp_path) == ["p.partial"]
     assert run(*arguments, "--resume").exit_code == 0
     same(whole, output)
 
@@ -115,46 +122,55 @@ def blocks_of(loaded, text, **changes):
     return make_samples(load_documents(str(text)), loaded.tokenizer, **size)
 
 
-def measured(loaded, samples, checkpoint=None, seed=0):
-    return measure(loaded, samples, "gauss", candidates=CANDIDATES, seed=seed, checkpoint=checkpoint)
+def run_with(loaded, blocks, **changes):
+    settings = {"policy": "auto", "base": "gauss", "candidates": CANDIDATES, "mix": ProbeMix(), "seed": 0, **changes}
+    return run_of(loaded, blocks, **settings)
 
 
 class Crash(Exception):
     """Stands for anything that ends a run."""
 
 
+class Crashing(Track):
+    def __init__(self, after):
+        self.after = after
+
+    def __call__(self, items, label):
+        yield from items[: self.after]
+        raise Crash
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_every_accumulator_is_taken_up_again(after, loaded, tiny_text_file, tmp_path):
     blocks = blocks_of(loaded, tiny_text_file)
-    kept = Checkpoint(tmp_path / "p.partial.safetensors", run_facts(loaded, blocks, seed=0))
-
-    def crashing(items, _label):
-        yield from items[:after]
-        raise Crash
-
+    kept = Partial(tmp_path / "p.partial", run_with(loaded, blocks))
     with pytest.raises(Crash):
-        measure(loaded, blocks.calibration, "gauss", candidates=CANDIDATES, checkpoint=kept, track=crashing)
-    assert samples_done(kept.path) == after
-    again = measured(loaded, blocks.calibration, kept).finish()
-    for name, array in measured(loaded, blocks.calibration).finish().items():
-        assert again[name].dtype == array.dtype
-        assert again[name].tobytes() == array.tobytes(), name
+        measure_into(kept, loaded, blocks.calibration, range(4), track=Crashing(after))
+    assert kept.done() == set(range(after))
+    measure_into(kept, loaded, blocks.calibration, range(4))
+    found, again = join([kept.folder])
+    assert found == kept.run
+    # Neither the files nor the order of the work show: these are the bytes of a run without files.
+    plain = measure(loaded, blocks.calibration, "gauss", candidates=CANDIDATES).finish()
+    for name, array in again.finish().items():
+        assert array.dtype == plain[name].dtype
+        assert array.tobytes() == plain[name].tobytes(), name
 
 
 def test_what_differs_is_named(loaded, tiny_text_file, tmp_path):
     blocks = blocks_of(loaded, tiny_text_file)
-    path = tmp_path / "p.partial.safetensors"
-    facts = run_facts(loaded, blocks, policy="gauss", seed=0)
-    kept = Checkpoint(path, facts)
-    measured(loaded, blocks.calibration, kept)
+    first = run_with(loaded, blocks)
+    measure_into(Partial(tmp_path / "p.partial", first), loaded, blocks.calibration, [0])
+    newer = first.model_copy(update={"depends": {**first.depends, "code": "kvprofile 9.9.9 (abc)"}})
     for name, other in {
-        "text": run_facts(loaded, blocks_of(loaded, tiny_text_file, seed=1), policy="gauss", seed=0),
-        "seed": run_facts(loaded, blocks, policy="gauss", seed=1),
-        "policy": run_facts(loaded, blocks, policy="pivot", seed=0),
-        "code": {**facts, "code": "kvprofile 9.9.9 (abc)"},
+        "text": run_with(loaded, blocks_of(loaded, tiny_text_file, seed=1)),
+        "seed": run_with(loaded, blocks, seed=1),
+        "policy": run_with(loaded, blocks, base="pivot"),
+        "mix": run_with(loaded, blocks, mix=ProbeMix(passages=3)),
+        "code": newer,
     }.items():
         with pytest.raises(KVProfileError, match=rf"its {name} is .* --resume out") as caught:
-            measured(loaded, blocks.calibration, Checkpoint(path, other))
+            Partial(tmp_path / "p.partial", other).done()
         assert "\n" not in str(caught.value)
 
 
@@ -173,12 +189,14 @@ def test_one_changed_weight_is_noticed(loaded, tiny_text_file):
 
 def test_a_damaged_checkpoint_is_refused(tiny_folder, tiny_text_file, tmp_path):
     output = tmp_path / "p.json"
-    checkpoint_path(output).write_bytes(b"not this")
+    folder = partial_path(output)
+    folder.mkdir()
+    file = folder / "sample-00002.safetensors"
+    file.write_bytes(b"not this")
     arguments = command(tiny_folder, tiny_text_file, output)
-    result = run(*arguments, "--resume")
-    refused(result, 1, "damaged or no checkpoint", "--force")
-    save_file({"a": np.zeros(3)}, checkpoint_path(output))
-    refused(run(*arguments, "--resume"), 1, "damaged or no checkpoint")
-    assert list(load_file(checkpoint_path(output))) == ["a"]  # still theirs
+    refused(run(*arguments, "--resume"), 1, "sample-00002.safetensors is damaged", "--resume")
+    save_file({"a": np.zeros(3)}, file)
+    refused(run(*arguments, "--resume"), 1, "sample-00002.safetensors is damaged")
+    assert list(load_file(file)) == ["a"]  # still theirs
     assert run(*arguments, "--force").exit_code == 0
-    assert not checkpoint_path(output).exists()
+    assert not folder.exists()

@@ -12,7 +12,7 @@ from huggingface_hub import constants, errors
 
 from kvprofile import KVMerger, load_arrays, load_model, load_profile, save_profile
 from kvprofile.errors import KVProfileError
-from kvprofile.resume import checkpoint_path
+from kvprofile.partials import partial_path
 from tests.unit.conftest import run, save_tiny_model
 from tests.unit.test_models import http_error
 
@@ -43,7 +43,8 @@ def world(tiny_folder, tiny_profile, tmp_path, monkeypatch):
     shutil.copy(tmp_path / "profile.json", tmp_path / "copied")
     values = json.loads((tmp_path / "profile.json").read_text())
     (tmp_path / "newer.json").write_text(json.dumps({**values, "schema_version": 2}))
-    checkpoint_path(tmp_path / "started.json").write_bytes(b"some statistics")
+    partial_path(tmp_path / "started.json").mkdir()
+    (partial_path(tmp_path / "started.json") / "sample-00001.safetensors").write_bytes(b"some statistics")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
