@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvprofile.merging.host import places_of
 from kvprofile.merging.slots import Slots
 
 SIGMAS = ("mean", "rms")
@@ -16,7 +17,7 @@ BIASES = ("count", "attention", "none")
 
 @dataclass(frozen=True)
 class Members:
-    """The tokens of all sets of more than one, as the weights see them.
+    """All tokens and their sets, as the weights see them; what comes out for sets of one is not used.
 
     keys `(members, head_dim)` float32; owner `(members,)`: the set of each; is_pivot `(members,)`; received `(members,)`: mean
     attention, where it was measured; pivot_keys `(sets, head_dim)`; size `(sets,)`; sigma: of the combination.
@@ -133,87 +134,104 @@ class Combination:
         return self.weights != "average" or self.bias == "attention" or self.keep_pivot_key
 
 
-def combine(keys: Tensor, values: Tensor, starts: Tensor, mass: Tensor | None, combination: Combination) -> Slots:
+def combine(
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    mass: Tensor | None,
+    combination: Combination,
+    *,
+    lengths: list[int] | None = None,
+) -> Slots:
     """Merge every set of every head into one slot.
 
     `keys` is `(batch, kv_heads, tokens, head_dim)`, `values` `(batch, kv_heads, tokens, value_dim)`, `starts` and `mass`
     `(batch, kv_heads, tokens)`. The pivot of a set is its token with the largest mass (the newest of equals; without
-    mass the newest token). Sets of one token are stored bit for bit. All heads at once, no loop over sets.
+    mass the newest token). Sets of one token are stored bit for bit. All heads at once, no loop over sets. `lengths`: sets
+    of every head where the host knows them; asking the device makes the host wait for it.
     """
+    lengths = starts.sum(-1).reshape(-1).tolist() if lengths is None else lengths
     group = starts.reshape(-1).long().cumsum(0) - 1
-    pivot = _pivots(group, int(group[-1]) + 1, None if mass is None else mass.reshape(-1))
-    member = torch.arange(group.numel(), device=group.device)
-    return _merged(keys, values, mass, _Sets(member, group, pivot, starts), combination)
+    pivot = _pivots(group, sum(lengths), None if mass is None else mass.reshape(-1))
+    return _merged(keys, values, mass, _Sets(group, pivot, lengths), combination)
 
 
-def combine_owned(keys: Tensor, values: Tensor, owner: Tensor, mass: Tensor | None, combination: Combination) -> Slots:
+def combine_owned(
+    keys: Tensor,
+    values: Tensor,
+    owner: Tensor,
+    mass: Tensor | None,
+    combination: Combination,
+    *,
+    lengths: list[int] | None = None,
+) -> Slots:
     """Merge tokens into the survivors they were given to.
 
     `owner` `(batch, kv_heads, tokens)` names the token of the same head whose slot a token joins: itself if it survives, -1 if
     it is dropped. A survivor is the pivot of its set. The rest is as in `combine`.
     """
+    places = torch.arange(owner.numel(), device=owner.device)
     tokens = owner.shape[-1]
-    survives = owner == torch.arange(tokens, device=owner.device)
+    survives = owner == places[:tokens]
+    lengths = survives.sum(-1).reshape(-1).tolist() if lengths is None else lengths
     slot = survives.reshape(-1).long().cumsum(0) - 1
-    first = torch.arange(0, owner.numel(), tokens, device=owner.device).repeat_interleave(tokens)
-    member = (owner >= 0).reshape(-1).nonzero().squeeze(1)
-    group = slot[(owner.reshape(-1) + first)[member]]
-    pivot = survives.reshape(-1).nonzero().squeeze(1)
-    return _merged(keys, values, mass, _Sets(member, group, pivot, survives), combination)
+    flat = owner.reshape(-1)
+    of_owner = slot[(flat + places // tokens * tokens).clamp_min(0)]
+    group = torch.where(flat < 0, sum(lengths), of_owner)
+    return _merged(keys, values, mass, _Sets(group, places_of(survives, sum(lengths)), lengths), combination)
 
 
 class _Sets(NamedTuple):
-    """Every stored token and its slot, both `(stored tokens,)`; every slot's pivot; which tokens open a slot of their head."""
+    """Every token's slot, `(tokens,)`, one past the last for dropped ones; every slot's pivot; slots of every head."""
 
-    member: Tensor
     group: Tensor
     pivot: Tensor
-    opens: Tensor
+    lengths: list[int]
 
 
 def _merged(keys: Tensor, values: Tensor, mass: Tensor | None, sets: _Sets, combination: Combination) -> Slots:
-    member, group, pivot, opens = sets
+    group, pivot, lengths = sets
     flat_keys = keys.reshape(-1, keys.shape[-1])
     flat_values = values.reshape(-1, values.shape[-1])
-    slots = pivot.numel()
-    size = torch.bincount(group, minlength=slots)
-    slot_keys, slot_values = flat_keys[pivot], flat_values[pivot]
+    slots = len(pivot)
+    slot_keys, slot_values = flat_keys.index_select(0, pivot), flat_values.index_select(0, pivot)
+    bias = torch.zeros(slots, device=keys.device)
+    if slots == group.numel():
+        return Slots(slot_keys, slot_values, bias, lengths)
+    # What was dropped forms one more set, which is thrown away: how many those are nobody has to ask.
+    size = torch.zeros(slots + 1, dtype=torch.long, device=keys.device).index_add_(0, group, torch.ones_like(group))
+    joined = size[:slots] > 1
 
-    joined = (size > 1)[group].nonzero().squeeze(1)
     weigh = WEIGHTS[combination.weights]
-    if weigh is not None and joined.numel():
-        # Only members of true sets are touched: singletons stay exactly as they were.
-        merged = (size > 1).nonzero().squeeze(1)
-        index = torch.empty_like(size)
-        index[merged] = torch.arange(merged.numel(), device=size.device)
-        owner, token = index[group[joined]], member[joined]
-        member_keys, member_values = flat_keys[token].float(), flat_values[token].float()
+    if weigh is not None:
+        pivots = F.pad(pivot, (0, 1))
+        token = torch.arange(group.numel(), device=group.device)
         members = Members(
-            member_keys,
-            owner,
-            token == pivot[merged][owner],
-            None if mass is None else mass.reshape(-1)[token],
-            flat_keys[pivot[merged]].float(),
-            size[merged],
+            flat_keys.float(),
+            group,
+            token == pivots[group],
+            None if mass is None else mass.reshape(-1),
+            flat_keys.index_select(0, pivots).float(),
+            size,
             combination.sigma,
         )
-        weight = weigh(members)
-        new_values = _sum_by(owner, member_values * weight[:, None], merged.numel())
+        weight = weigh(members)[:, None]
+        new_values = _sum_by(group, flat_values.float() * weight, slots + 1)[:slots]
         if combination.scale_values:
-            new_values *= size[merged, None]
-        slot_values[merged] = new_values.to(values.dtype)
+            new_values *= size[:slots, None]
+        # Singletons stay exactly as they were.
+        slot_values = torch.where(joined[:, None], new_values.to(values.dtype), slot_values)
         if not combination.keep_pivot_key:
-            new_keys = _sum_by(owner, member_keys * weight[:, None], merged.numel())
-            slot_keys[merged] = new_keys.to(keys.dtype)
+            new_keys = _sum_by(group, members.keys * weight, slots + 1)[:slots]
+            slot_keys = torch.where(joined[:, None], new_keys.to(keys.dtype), slot_keys)
 
-    bias = torch.zeros(slots, device=keys.device)
     if combination.bias == "count":
-        bias = size.float().log()
+        bias = size[:slots].float().log()
     elif combination.bias == "attention":
         share = _measured(mass).reshape(-1).clamp_min(1e-20)
         # Slots of one token get exactly 0.
-        bias = torch.where(size > 1, (_sum_by(group, share[member], slots) / share[pivot]).log(), bias)
-    return Slots(slot_keys, slot_values, bias, opens.sum(-1).reshape(-1).tolist())
+        bias = torch.where(joined, (_sum_by(group, share, slots + 1)[:slots] / share[pivot]).log(), bias)
+    return Slots(slot_keys, slot_values, bias, lengths)
 
 
 def _cosines(members: Members) -> Tensor:

@@ -3,12 +3,16 @@
 A token gets the same number in whatever batch, piece or company it is merged, and nothing has to be remembered.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from kvprofile.merging.host import sent
 from kvprofile.merging.tokens import Tokens
 
 _WORD = 0xFFFFFFFF
+_Word = TypeVar("_Word", int, Tensor)
 
 
 def uniform(tokens: Tokens, *, salt: int) -> Tensor:
@@ -19,14 +23,13 @@ def uniform(tokens: Tokens, *, salt: int) -> Tensor:
     """
     device = tokens.keys.device
     kv_heads, count = tokens.keys.shape[1:3]
-    heads = torch.tensor(tokens.heads or tuple(range(kv_heads)), device=device)
-    mixed = _mix(torch.tensor((tokens.seed * 16 + salt) & _WORD, device=device))
-    mixed = _mix(mixed ^ heads)[:, None]
+    heads = sent(list(tokens.heads or range(kv_heads)), device)
+    mixed = _mix(heads ^ _mix((tokens.seed * 16 + salt) & _WORD))[:, None]
     mixed = _mix(mixed ^ (torch.arange(count, device=device) + tokens.position))
     return ((mixed >> 8).float() / 2**24)[None]
 
 
-def _mix(word: Tensor) -> Tensor:
+def _mix(word: _Word) -> _Word:
     word = word ^ (word >> 16)
     word = (word * 0x7FEB352D) & _WORD
     word = word ^ (word >> 15)

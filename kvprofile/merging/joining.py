@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from kvprofile.merging.combine import Combination, combine
+from kvprofile.merging.host import places_of
 from kvprofile.merging.losses import Losses
 from kvprofile.merging.nearest import nearest
 from kvprofile.merging.residual import residual
@@ -17,16 +18,17 @@ Join = Callable[[Losses, Combination], Slots]
 
 def drop(losses: Losses, _combination: Combination) -> Slots:
     """Lost tokens are evicted."""
-    tokens, kept = losses.tokens, ~losses.lost
-    keys, values = tokens.keys[kept], tokens.values[kept]
-    return Slots(keys, values, torch.zeros(len(keys), device=keys.device), kept.sum(-1).reshape(-1).tolist())
+    tokens = losses.tokens
+    kept = places_of(~losses.lost, sum(losses.lengths))
+    keys, values = (part.flatten(0, 2).index_select(0, kept) for part in (tokens.keys, tokens.values))
+    return Slots(keys, values, torch.zeros(len(keys), device=keys.device), losses.lengths)
 
 
 def neighbours(losses: Losses, combination: Combination) -> Slots:
     """Lost tokens join the set of the token before them; the heaviest of a set is its pivot."""
     tokens = losses.tokens
     received = mean_attention(tokens) if combination.by_attention else tokens.mass if combination.has_pivot else None
-    return combine(tokens.keys, tokens.values, ~losses.lost, received, combination)
+    return combine(tokens.keys, tokens.values, ~losses.lost, received, combination, lengths=losses.lengths)
 
 
 # The names a policy and a profile can use. Sets of neighbours differ in how they are found (`sets.RULES`).

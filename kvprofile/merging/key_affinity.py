@@ -30,7 +30,7 @@ def nested(tokens: Tokens) -> Tensor:
     count = unit.shape[2]
     size = min(256, max(128, count // 32))
     block = torch.arange(count, device=unit.device) // size
-    sums = unit.new_zeros(*unit.shape[:2], int(block[-1]) + 1, unit.shape[3]).index_add_(2, block, unit)
+    sums = unit.new_zeros(*unit.shape[:2], (count - 1) // size + 1, unit.shape[3]).index_add_(2, block, unit)
     means = (unit.mean(2, keepdim=True), sums[:, :, block], unit[:, :, -SLIDING:].mean(2, keepdim=True))
     anomaly = torch.stack([1 - F.cosine_similarity(unit, mean, dim=-1) for mean in means])
     return -(anomaly.softmax(0) * anomaly).sum(0)

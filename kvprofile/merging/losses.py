@@ -12,13 +12,16 @@ from kvprofile.merging.tokens import Tokens
 class Losses:
     """The tokens of a layer, of which some lose their slots.
 
-    affinity, lost, protected: `(batch, kv_heads, tokens)`, float, bool, bool; a protected token is never lost.
+    affinity, lost, protected: `(batch, kv_heads, tokens)`, float, bool, bool; a protected token is never lost. lengths: how
+    many tokens every head keeps, `batch * kv_heads` numbers. first: protected tokens at the beginning.
     """
 
     tokens: Tokens
     affinity: Tensor
     lost: Tensor
     protected: Tensor
+    lengths: list[int]
+    first: int
 
 
 def most_affine(affinity: Tensor, allowed: Tensor, losses: Tensor) -> Tensor:
@@ -26,7 +29,9 @@ def most_affine(affinity: Tensor, allowed: Tensor, losses: Tensor) -> Tensor:
 
     `affinity` and `allowed` are `(batch, kv_heads, tokens)`, `losses` `(batch, kv_heads)`. Ties go to the older token.
     """
-    order = affinity.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    # An allowed token comes before all others whatever its affinity, so that the number of the lost is known beforehand.
+    ranked = affinity.clamp_min(torch.finfo(affinity.dtype).min).masked_fill(~allowed, -torch.inf)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, places)
     return (rank < losses[..., None]) & allowed

@@ -38,10 +38,19 @@ def merge_tokens(
     elif count is None:
         if epsilon is None:
             raise ValueError("either thresholds or slot counts are needed")
-        lost = (affinity >= epsilon.to(affinity.device, affinity.dtype)[None, :, None]) & allowed
-    if count is not None:
-        lost = most_affine(affinity, allowed, affinity.shape[-1] - count.to(affinity.device))
-    slots = JOINS[policy.rule](Losses(replace(tokens, seed=policy.seed), affinity, lost, protected), policy.combination)
+        lost = (affinity >= epsilon.to(affinity.device, affinity.dtype, non_blocking=True)[None, :, None]) & allowed
+    first = min(affinity.shape[-1], max(0, policy.protection.first - tokens.position))
+    losses = None if count is None else affinity.shape[-1] - count
+    if losses is not None:
+        lost = most_affine(affinity, allowed, losses.to(affinity.device, non_blocking=True))
+    if losses is None or heavy:
+        lengths = (~lost).sum(-1).reshape(-1).tolist()
+    else:
+        # Known without asking the device: of neighbours the oldest unprotected one has none to join.
+        most = max(0, affinity.shape[-1] - first - (policy.rule in RULES))
+        lengths = (affinity.shape[-1] - losses.clamp(0, most)).reshape(-1).tolist()
+    given = Losses(replace(tokens, seed=policy.seed), affinity, lost, protected, lengths, first)
+    slots = JOINS[policy.rule](given, policy.combination)
     return regress(tokens, slots) if policy.regression else slots
 
 

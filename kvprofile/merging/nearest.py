@@ -33,31 +33,34 @@ WINDOW = 2048  # receivers a lost token chooses from, those nearest to it in the
 def nearest(losses: Losses, combination: Combination) -> Slots:
     """Every lost token joins the unprotected survivor of the largest cosine, or is dropped below the threshold."""
     tokens, lost = losses.tokens, losses.lost
-    best, owner = _most_similar(tokens.keys, lost, ~lost & ~losses.protected)
+    best, owner = _most_similar(losses, ~lost & ~losses.protected)
+    least: Tensor | float
     if combination.threshold == "mean":
         found = lost & best.isfinite()
         total = best.masked_fill(~found, 0.0).sum(-1, keepdim=True)
         least = total / found.sum(-1, keepdim=True).clamp_min(1)
     else:
-        least = best.new_tensor(float(combination.threshold))
+        least = float(combination.threshold)
     # Without a survivor to join, the best cosine is -inf.
     joins = best >= least
     own = torch.arange(lost.shape[-1], device=lost.device).expand_as(lost)
     owner = torch.where(lost, torch.where(joins, owner, -1), own)
     received = mean_attention(tokens) if combination.by_attention else None
-    return combine_owned(tokens.keys, tokens.values, owner, received, combination)
+    return combine_owned(tokens.keys, tokens.values, owner, received, combination, lengths=losses.lengths)
 
 
-def _most_similar(keys: Tensor, lost: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor]:
+def _most_similar(losses: Losses, receivers: Tensor) -> tuple[Tensor, Tensor]:
     """For every lost token the cosine with the most similar receiver of its head, and which token that is.
 
     Both `(batch, kv_heads, tokens)`; elsewhere, and where a head has no receiver, the cosine is -inf. Where a head has more
     than `WINDOW` receivers, only those about a token are looked at.
     """
+    keys, lost, lengths = losses.tokens.keys, losses.lost, losses.lengths
     # One column more than tokens: what is not asked for is written there.
     best = keys.new_full((*lost.shape[:2], lost.shape[2] + 1), -torch.inf, dtype=torch.float32)
     owner = torch.zeros_like(best, dtype=torch.long)
-    asking, offering = _places(lost), _places(receivers)
+    asking = _places(lost, lost.shape[-1] - min(lengths))
+    offering = _places(receivers, max(0, max(lengths) - losses.first))
     if asking.numel() and offering.numel():
         pairs = _all_pairs if offering.shape[-1] <= WINDOW else _windows
         for places, offered in pairs(lost, asking, receivers, offering):
@@ -95,9 +98,8 @@ def _windows(lost: Tensor, asking: Tensor, receivers: Tensor, offering: Tensor) 
         yield torch.where(begin + step < end, places, lost.shape[-1]), offering.gather(-1, first + across)
 
 
-def _places(marked: Tensor) -> Tensor:
+def _places(marked: Tensor, most: int) -> Tensor:
     """The marked tokens of every head first, `(batch, kv_heads, most)`; heads with fewer are filled up with others."""
-    most = int(marked.sum(-1).max())
     return marked.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
 
 

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from kvprofile.merging.host import sent
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens
 
@@ -29,8 +29,13 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
         return slots
     queries = queries.newest(min(WINDOW, queries.keys.shape[2]))
     batch, kv_heads, group, asked = queries.states.shape[:4]
-    lengths = torch.tensor(slots.lengths, device=slots.keys.device)
-    keys, values, bias = (pad_sequence(part.split(slots.lengths), batch_first=True) for part in _parts(slots))
+    longest = max(slots.lengths)
+    held = [head * longest + slot for head, length in enumerate(slots.lengths) for slot in range(length)]
+    place, lengths = sent(held, slots.keys.device), sent(slots.lengths, slots.keys.device)
+    keys, values, bias = (
+        part.new_zeros(len(lengths) * longest, *part.shape[1:]).index_copy_(0, place, part).unflatten(0, (-1, longest))
+        for part in _parts(slots)
+    )
     missing = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
     keys, values = (part.float().unflatten(0, (batch, kv_heads)) for part in (keys, values))
 
@@ -59,7 +64,7 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
     better = (wanted - recent - weights @ changed).square().sum((-1, -2)) < error.square().sum((-1, -2))
     better &= (failed == 0) & (lengths.view(batch, kv_heads) < tokens.keys.shape[2])
     values = torch.where(better[..., None, None], changed, values).to(slots.values.dtype).flatten(0, 1)
-    return Slots(slots.keys, values[~missing], slots.bias, slots.lengths)
+    return Slots(slots.keys, values.flatten(0, 1).index_select(0, place), slots.bias, slots.lengths)
 
 
 def _parts(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,4 +43,4 @@ def residual(losses: Losses, combination: Combination) -> Slots:
     tokens.scatter_(-1, torch.where(pool, place, lost.shape[-1]), own)
     owner = torch.where(pool, tokens.gather(-1, head.clamp(0, lost.shape[-1])), torch.where(lost, -1, own))
     received = mean_attention(losses.tokens) if combination.by_attention else None
-    return combine_owned(losses.tokens.keys, losses.tokens.values, owner, received, combination)
+    return combine_owned(losses.tokens.keys, losses.tokens.values, owner, received, combination, lengths=losses.lengths)

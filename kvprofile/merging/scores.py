@@ -39,23 +39,26 @@ def attention_mass(
     batch, heads, queries, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     offset = tokens - queries
-    positions = torch.arange(queries - 1, -1, -stride, device=query.device).flip(0)
+    # Evenly spaced, the newest among them: a view, and all sizes are known without asking the device.
+    asked = range((queries - 1) % stride, queries, stride)
     mass = torch.zeros(batch, kv_heads, tokens, device=query.device)
-    for block in positions.split(QUERY_BLOCK):
-        first, seen = int(block[0]) + offset, int(block[-1]) + offset + 1
-        chosen = query[:, :, block].reshape(batch, kv_heads, -1, head_dim)
+    for low in range(0, len(asked), QUERY_BLOCK):
+        block = asked[low : low + QUERY_BLOCK]
+        first, seen = block[0] + offset, block[-1] + offset + 1
+        chosen = query[:, :, block[0] : block[-1] + 1 : stride].reshape(batch, kv_heads, -1, head_dim)
         logits = (chosen @ key[:, :, :seen].transpose(-1, -2)).float().mul_(scaling)
         if softcap is not None:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         # Only tokens newer than the block's oldest query are hidden from some of its queries.
-        hidden = torch.arange(first, seen, device=query.device) > (block + offset)[:, None]
+        own = torch.arange(first, seen, stride, device=query.device)
+        hidden = torch.arange(first, seen, device=query.device) > own[:, None]
         newer = logits.view(batch, kv_heads, heads // kv_heads, len(block), seen)[..., first:]
         newer.masked_fill_(hidden, -torch.inf)
         if sinks is not None:
             aside = sinks.float().repeat_interleave(len(block)).view(1, kv_heads, -1, 1).expand(batch, -1, -1, -1)
             logits = torch.cat([logits, aside], dim=-1)
         mass[..., :seen] += torch.softmax(logits, -1, out=logits)[..., :seen].sum(2)
-    return mass.mul_(queries / len(positions))
+    return mass.mul_(queries / len(asked))
 
 
 def window_mass(

@@ -101,7 +101,7 @@ def find_sets(keys: Tensor, epsilon: Tensor, rule: str, protected: Tensor) -> Te
     `keys` is `(batch, kv_heads, tokens, head_dim)`, `epsilon` `(kv_heads,)` (inf: never merge), `protected`
     `(batch, kv_heads, tokens)`. Returns `starts`, `(batch, kv_heads, tokens)`.
     """
-    threshold = epsilon.to(keys.device, torch.float32)[None, :, None]
+    threshold = epsilon.to(keys.device, torch.float32, non_blocking=True)[None, :, None]
     if rule == "chain":
         joined = (adjacent_cosine(keys) >= threshold) & mergeable_links(protected)
         return F.pad(~joined, (1, 0), value=True)

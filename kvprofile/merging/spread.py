@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvprofile.merging.draws import uniform
+from kvprofile.merging.host import places_of
 from kvprofile.merging.losses import Losses
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import measured
@@ -24,7 +25,7 @@ def spread(losses: Losses, *, drawn: bool) -> Slots:
     tokens, lost = losses.tokens, losses.lost
     receivers = ~lost & ~losses.protected
     number = receivers.sum(-1, keepdim=True)
-    width = max(1, int(number.max()))
+    width = max(1, max(losses.lengths) - losses.first)
     after = receivers.long().cumsum(-1)  # how many receivers lie before a lost token: the place of the next one
     values = tokens.values.float()
 
@@ -46,9 +47,9 @@ def spread(losses: Losses, *, drawn: bool) -> Slots:
     taken = taken.transpose(1, 2).unflatten(0, lost.shape[:2])
     index = (after - 1).clamp_min(0)[..., None].expand_as(values)
     merged = torch.where(receivers[..., None], values + taken.gather(2, index), values).to(tokens.values.dtype)
-    kept = ~lost
-    bias = torch.zeros(int(kept.sum()), device=lost.device)
-    return Slots(tokens.keys[kept], merged[kept], bias, kept.sum(-1).reshape(-1).tolist())
+    kept = places_of(~lost, sum(losses.lengths))
+    keys, merged = (part.flatten(0, 2).index_select(0, kept) for part in (tokens.keys, merged))
+    return Slots(keys, merged, torch.zeros(len(kept), device=lost.device), losses.lengths)
 
 
 def _ahead(row: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvprofile.merging.host import select, selector
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -74,21 +76,22 @@ class Tokens:
     def of_heads(self, heads: list[int]) -> "Tokens":
         """The same tokens, of some KV heads only."""
         known = range(self.keys.shape[1]) if self.heads is None else self.heads
+        chosen = selector(heads)
         queries = self.queries
         if queries is not None:
             queries = Queries(
-                queries.states[:, heads],
-                queries.keys[:, heads],
-                queries.values[:, heads],
+                select(queries.states, chosen, 1),
+                select(queries.keys, chosen, 1),
+                select(queries.values, chosen, 1),
                 queries.softcap,
-                None if queries.sinks is None else queries.sinks[heads],
+                None if queries.sinks is None else select(queries.sinks, chosen, 0),
             )
         return replace(
             self,
-            keys=self.keys[:, heads],
-            values=self.values[:, heads],
-            mass=None if self.mass is None else self.mass[:, heads],
-            windows={size: received[:, heads] for size, received in self.windows.items()},
+            keys=select(self.keys, chosen, 1),
+            values=select(self.values, chosen, 1),
+            mass=None if self.mass is None else select(self.mass, chosen, 1),
+            windows={size: select(received, chosen, 1) for size, received in self.windows.items()},
             queries=queries,
             heads=tuple(known[head] for head in heads),
         )
