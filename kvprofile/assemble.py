@@ -81,7 +81,7 @@ def _statistics_facts(statistics: Statistics, policy: str, mix: ProbeMix) -> Sta
     rule = own if own in ("anchor", "complete") else "chain"
     index = statistics.ratios.rules.index(rule)
     overall = statistics.ratios.overall()
-    mean, std = overall.mean[:, index, :-1].round(4), overall.std()[:, index, :-1].round(4)
+    mean, std = overall.mean[:, index, :-1].round(4), overall.std()[:, index, :-1].round(3)
     return StatisticsFacts(
         rule=rule,  # type: ignore[arg-type]
         policy=policy,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvprofile.report.style import Plot
 
 SCHEMA_VERSION = 1
+LINE = 120  # characters of an object that is written on one line
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -314,7 +315,7 @@ class Profile(_Strict):
         return self
 
     def to_json(self) -> str:
-        """The file's text: one list of numbers a line, keys in the order of the schema, a newline at the end."""
+        """The file's text: one list of numbers or one head a line, keys in the order of the schema, a newline at the end."""
         return _collapse(json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
@@ -411,5 +412,15 @@ class Profile(_Strict):
 
 
 def _collapse(text: str) -> str:
-    """Put every innermost list of numbers on one line; line breaks never occur inside JSON strings."""
-    return re.sub(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]", lambda m: "[" + re.sub(r",\s+", ", ", m.group(1)) + "]", text)
+    """Put every innermost list of numbers, and every innermost object that is short, on one line.
+
+    Line breaks never occur inside JSON strings. A large model has 130,000 numbers: a space after each would be a tenth of
+    the file.
+    """
+
+    def on_one_line(found: re.Match[str]) -> str:
+        line = "{" + re.sub(r",\n\s*", ", ", found.group(1)) + "}"
+        return line if len(line) <= LINE else found.group(0)
+
+    text = re.sub(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]", lambda m: "[" + re.sub(r",\s+", ",", m.group(1)) + "]", text)
+    return re.sub(r"\{\n\s*([^\[\]{}]+?)\n\s*\}", on_one_line, text)

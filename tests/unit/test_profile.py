@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from kvprofile.calibration import CANDIDATES
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import sha256_of
 from kvprofile.fingerprint import difference, model_facts
+from kvprofile.measure.ratios import THRESHOLDS as RATIO_THRESHOLDS
 from kvprofile.profile import ModelFacts, Profile
 from kvprofile.storage import load_arrays, load_profile, save_profile
 from tests.unit.builders import THRESHOLDS, build_profile
 from tests.unit.reference import PROPERTY
+from tests.unit.test_report_figures import large
 
 WHAT_TO_DO = re.compile(r"\b(calibrate|copy|make one|update|give|check|choose|run)\b")
 ARRAYS = {
@@ -56,13 +59,14 @@ def test_a_profile_round_trips_to_the_byte(tmp_path):
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes() == build_profile().to_json().encode()
 
 
-def test_the_file_is_strict_json_one_list_of_numbers_a_line(tmp_path):
+def test_the_file_is_strict_json_one_list_of_numbers_or_one_head_a_line(tmp_path):
     text = build_profile().save(tmp_path / "profile.json").read_text(encoding="utf-8")
     assert json.loads(text) == build_profile().model_dump(mode="json")
     assert text.endswith("}\n")
     lines = [line.strip() for line in text.splitlines()]
-    assert lines.count("[0.1, 0.3, 0.6, 1.0],") == 2
-    assert f'"thresholds": {THRESHOLDS},' in lines
+    assert lines.count("[0.1,0.3,0.6,1.0],") == 2
+    assert f'"thresholds": [{",".join(map(str, THRESHOLDS))}],' in lines
+    assert lines.count('{"policy": "gauss", "epsilon": 0.7, "share": 0.5, "damage": null},') == 2
     assert list(json.loads(text)) == list(Profile.model_fields)
 
 
@@ -496,3 +500,15 @@ def test_a_profile_with_damage_round_trips(tmp_path):
     assert loaded == profile
     assert loaded.statistics.damage.budgets == [0.1, 0.5]
     assert loaded.check.exact.fidelity.recall_kl_interval == (0.008, 0.013)
+
+
+def test_a_profile_of_a_thousand_heads_stays_below_a_megabyte():
+    profile, _ = large(32, 32, CANDIDATES)
+    values = profile.model_dump()
+    # The builder has four thresholds, a real profile sixty-four.
+    repeats = len(RATIO_THRESHOLDS) // len(values["statistics"]["thresholds"])
+    values["statistics"]["thresholds"] = RATIO_THRESHOLDS.tolist()
+    for layer in values["statistics"]["layers"]:
+        layer["ratio"] = [sorted(curve * repeats) for curve in layer["ratio"]]
+        layer["ratio_std"] = [[0.012, 0.123, 0.034, 0.0] * repeats for _ in layer["ratio_std"]]
+    assert len(Profile.model_validate(values).to_json()) < 1_000_000
