@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvprofile.errors import KVProfileError
+from kvprofile.evaluate.dots import dot_figure
 from kvprofile.evaluate.methods import FULL
 from kvprofile.evaluate.rows import Row
 
@@ -31,30 +32,25 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> Figure:
-    """A panel for each measure: its mean with interval against the bytes kept, a line for each method.
+    """Every measure of every method: its mean with interval, against the bytes kept, or in rows where methods are many.
 
-    The methods named in `judged` are drawn in strong lines; the full cache is a dashed line. Of more than `CROWDED` methods
-    no eye can tell the names: those that end alike after a comma, "h2o, uniform" and "snapkv, uniform", then share a colour.
+    The methods named in `judged` are drawn strong; the full cache is a dashed line.
     """
     measures = [
         name
         for name in dict.fromkeys(name for entry in summary for name in entry["measures"])
         if not name.endswith(("recall NLL", "look-up NLL", "continuation NLL", "top-1")) and " without " not in name
     ]
+    methods = [name for name in dict.fromkeys(entry["method"] for entry in summary) if name != FULL]
+    if len(methods) > CROWDED:
+        return dot_figure(summary, judged, measures)
     columns = min(COLUMNS, len(measures))
     lines = -(-len(measures) // columns)
-    methods = [name for name in dict.fromkeys(entry["method"] for entry in summary) if name != FULL]
-    crowded = len(methods) > CROWDED
-    labels = {name: name.rsplit(", ", 1)[-1] if crowded and name not in judged else name for name in methods}
-    kinds = [*dict.fromkeys(labels.values())]
-    legend_columns = -(-(len(kinds) + 1) // (LEGEND_ROWS * lines))
+    legend_columns = -(-(len(methods) + 1) // (LEGEND_ROWS * lines))
     figure = Figure(figsize=(4.2 * columns + 2.4 * legend_columns, 3.2 * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    palette = dict(zip(kinds, sns.color_palette("husl", len(kinds)), strict=True))
-    looks = {
-        name: _Look(label, palette[label], strong=name in judged, faint=crowded and name not in judged)
-        for name, label in labels.items()
-    }
+    palette = dict(zip(methods, sns.color_palette("husl", len(methods)), strict=True))
+    looks = {name: _Look("black" if name in judged else palette[name], strong=name in judged) for name in methods}
     shown: dict[str, Any] = {}
     for axis, measure in zip(axes, measures, strict=False):
         _panel(axis, [entry for entry in summary if measure in entry["measures"]], measure, looks)
@@ -62,7 +58,7 @@ def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> 
         shown |= dict(zip(found, handles, strict=True))
     for axis in axes[len(measures) :]:
         axis.set_visible(False)
-    names = [name for name in (*kinds, FULL) if name in shown]
+    names = [name for name in (*methods, FULL) if name in shown]
     figure.legend(
         [shown[name] for name in names],
         names,
@@ -76,12 +72,10 @@ def quality_figure(summary: Sequence[dict[str, Any]], judged: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class _Look:
-    """How a method is drawn: its name in the legend, its colour, in strong lines or faint ones without intervals."""
+    """How a method is drawn: its colour, in strong lines or thin ones."""
 
-    label: str
     colour: Any
     strong: bool
-    faint: bool
 
 
 def _panel(axis: Axes, entries: Sequence[dict[str, Any]], measure: str, looks: dict[str, _Look]) -> None:
@@ -94,11 +88,10 @@ def _panel(axis: Axes, entries: Sequence[dict[str, Any]], measure: str, looks: d
         axis.errorbar(
             [place for place, _ in points],
             means,
-            yerr=None if look.faint else np.abs(ends - means),
-            label=look.label,
-            color="black" if look.strong else look.colour,
-            alpha=0.6 if look.faint else 1.0,
-            marker="." if look.faint else MARKS[number % len(MARKS)],
+            yerr=np.abs(ends - means),
+            label=method,
+            color=look.colour,
+            marker=MARKS[number % len(MARKS)],
             markersize=5,
             linewidth=2.2 if look.strong else 1.1,
             elinewidth=0.7,

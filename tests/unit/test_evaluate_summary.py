@@ -111,15 +111,42 @@ def test_who_keeps_more_than_asked_is_no_rival():
     assert "**" not in line
 
 
-def test_the_legend_of_very_many_methods_names_their_kinds():
-    def entry(method):
-        measure = {"recall KL": {"mean": 0.1, "interval": [0.05, 0.2]}}
-        return {"method": method, "slots_asked": 0.5, "bytes": 0.5, "measures": measure}
+def test_very_many_methods_get_a_labelled_row_each():
+    def entry(method, mean=0.1, budget=0.5):
+        measures = {
+            "recall KL": {"mean": mean, "interval": [mean / 2, 2 * mean]},
+            "toy score": {"mean": 3.0, "interval": [1, 4]},
+        }
+        return {
+            "method": method,
+            "slots_asked": budget,
+            "bytes": 0.5,
+            "measures": measures,
+            "over_budget": budget == 0.25,
+        }
 
-    def legend(count):
-        summary = [entry(f"m{number}, {how}") for number in range(count) for how in ("uniform", "by damage")]
-        figure = quality_figure([entry("ours"), *summary], ["ours"])
-        return [text.get_text() for text in figure.legends[0].get_texts()]
+    def figure(count):
+        summary = [
+            entry(f"m{number}, {how}", mean=1 / (number + 1), budget=budget)
+            for number in range(count)
+            for how in ("uniform", "by damage")
+            for budget in (0.5, 0.25)
+        ]
+        return quality_figure([entry("full cache", budget=1.0), entry("ours", mean=9.0), *summary], ["ours"])
 
-    assert legend(2) == ["ours", "m0, uniform", "m0, by damage", "m1, uniform", "m1, by damage"]
-    assert legend(10) == ["ours", "uniform", "by damage"]
+    def legend(plot):
+        return [text.get_text() for text in plot.legends[0].get_texts()]
+
+    few, many = figure(2), figure(11)
+    assert legend(few)[:5] == ["ours", "m0, uniform", "m0, by damage", "m1, uniform", "m1, by damage"]
+    assert legend(many) == ["uniform", "by damage", "budget 0.5", "budget 0.25"]
+    rows = [label.get_text() for label in many.axes[0].get_yticklabels()]
+    assert rows == ["ours", *(f"m{number}" for number in range(10, -1, -1))]  # the judged first, then the best
+    dots = [line for line in many.axes[0].lines if line.get_marker() not in ("None", None)]
+    places = {(round(float(line.get_xdata()[0]), 6), int(line.get_ydata()[0]), line.get_color()) for line in dots}
+    assert (9.0, 0, "black") in places
+    for number in range(11):
+        at = {place for mean, place, _ in places if mean == round(1 / (number + 1), 6)}
+        assert at == {rows.index(f"m{number}")}
+    assert sum(line.get_color() == "white" for line in dots) == 22  # hollow: over their budget
+    assert [axis.get_xscale() for axis in many.axes] == ["log", "linear"]
