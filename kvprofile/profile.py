@@ -358,7 +358,7 @@ class Profile(_Strict):
         from kvprofile.report.similarity import similarity_maps
 
         subject = make_subject(self.model.name, self, self.arrays(), layers=[layer], heads=[head])
-        return similarity_maps(self.arrays()["similarity_map"], subject.chosen, 380)
+        return similarity_maps(self.arrays()["similarity_map"], subject.chosen, self.calibration.measured.tokens, 380)
 
     def plot_plan(self) -> "Plot":
         """Share of slots that every layer and head keeps."""

@@ -39,7 +39,9 @@ def draw(subject: Subject, width: int, policies: Sequence[str]) -> dict[str, Plo
     if any(row.damage for row in subject.costs):
         plots["damage"] = damage_curve(profile, subject.costs, width)
     if arrays is not None:
-        plots["similarity"] = similarity_maps(arrays["similarity_map"], subject.chosen, width)
+        plots["similarity"] = similarity_maps(
+            arrays["similarity_map"], subject.chosen, profile.calibration.measured.tokens, width
+        )
         plots["wall"] = similarity_wall(arrays["similarity_map"], seen_layers(profile), width)
     plots["ratios"] = ratio_curves(profile, width)
     if arrays is not None:

@@ -144,7 +144,7 @@ def test_rasters_are_smaller_and_the_same(subject, monkeypatch):
 
 def test_the_lower_triangle_is_drawn_on_a_scale_from_minus_one_to_one(subject):
     maps = subject.arrays["similarity_map"]
-    plot = similarity.similarity_maps(maps, [(1, 0), (3, 1)], WIDE)
+    plot = similarity.similarity_maps(maps, [(1, 0), (3, 1)], 2048, WIDE)
     for axis, (layer, head) in zip(plot.axes, [(1, 0), (3, 1)], strict=False):
         image = axis.images[0]
         assert (image.norm.vmin, image.norm.vmax) == (-1, 1)
@@ -155,6 +155,21 @@ def test_the_lower_triangle_is_drawn_on_a_scale_from_minus_one_to_one(subject):
                     assert np.isnan(shown[row, column])
                 else:
                     assert shown[row, column] == np.float32(maps[layer, head, row, column])
+
+
+def test_the_scale_is_one_sided_where_the_cosines_are(subject):
+    maps = np.abs(subject.arrays["similarity_map"])
+    upper = np.where(np.tri(40) > 0, maps, -maps)  # the other triangle is not shown
+    for cells, low in ((maps, 0), (upper, 0), (-maps, -1)):
+        for plot in (
+            similarity.similarity_maps(cells, [(1, 0)], 2048, WIDE),
+            similarity.similarity_wall(cells, [0, 1], WIDE),
+        ):
+            norm = plot.axes[0].images[0].norm
+            assert (norm.vmin, norm.vmax) == (low, 1)
+    axis = similarity.similarity_maps(maps, [(1, 0)], 2048, WIDE).axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("earlier token", "token")
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "2,048"]
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])

@@ -19,6 +19,7 @@ from kvprofile.report.html import make_subject, read_subject, report_html, write
 from kvprofile.report.numbers import number, size
 from kvprofile.report.style import new_plot
 from tests.unit.browser import opened, started_browser  # noqa: F401  # the fixture `browser`
+from tests.unit.builders import build_profile
 from tests.unit.conftest import run
 from tests.unit.test_report_figures import large
 
@@ -316,3 +317,40 @@ def test_eighty_layers_of_eight_heads_are_solved_between_two_frames_of_a_slider(
         heads = [head for layer in plan.layers for head in layer.heads]
         np.testing.assert_allclose(np.ravel(found["share"]), [head.share for head in heads], rtol=0, atol=6e-7)
         assert [name for row in found["policy"] for name in row] == [head.policy for head in heads]
+
+
+def bare():
+    """Profiles whose pages lack something: curves, a check, arrays, or policies to show."""
+    smollm = read_subject(PROFILES / "smollm2-135m.json")
+    undamaged = smollm.profile.statistics.model_copy(update={"damage": None})
+    return {
+        "threshold mode, no arrays, two heads": make_subject("tiny", build_profile(), None),
+        "no check": make_subject("unchecked", build_profile(check=None), None),
+        "no curves": make_subject(
+            "no-curves", smollm.profile.model_copy(update={"statistics": undamaged}), smollm.arrays
+        ),
+        "one head": make_subject("one", *large(1, 1)),
+        "a name to quote": make_subject("it's </script> & more", *large(2, 1)),
+    }
+
+
+@pytest.mark.parametrize("name", bare())
+def test_a_profile_that_lacks_something_has_a_page_that_works(name, browser, tmp_path):
+    subject = bare()[name]
+    path = tmp_path / "page.html"
+    path.write_text(report_html([subject]))
+    curves = subject.arrays is not None and subject.profile.statistics.damage is not None
+    with opened(browser, path) as page:
+        assert page.locator("#solver").count() == curves
+        page.hover("#figure-0-slots .wide [data-cell='0-0']")
+        assert f"keeps {subject.profile.plan.layers[0].heads[0].share:.1%}" in page.inner_text("#tip")
+        page.fill("[name=context]", "1000")
+        facts = subject.profile.model
+        full = 1000 * len(facts.attention) * facts.kv_heads * facts.head_dim * 2 * 4
+        assert page.inner_text("#memory-0-stock") == size(full)
+        if curves:
+            page.focus("#budget")
+            page.keyboard.press("ArrowRight")
+            words = shlex.split(page.inner_text("#command"))
+            assert words[:3] == ["kvprofile", "plan", f"{subject.name}.json"]
+            assert words[-1].startswith(f"{subject.name}-0.")
