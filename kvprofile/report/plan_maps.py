@@ -25,7 +25,7 @@ SCALE = "cividis"  # of the slots' map
 def slots_map(profile: Profile, width: int) -> Plot:
     """Share of the tokens that keep a slot in every head."""
     shares = _grid(profile, lambda head: head.share)
-    return _scale_map(shares, width, "share of tokens that keep a slot", SCALE)
+    return _scale_map(shares, width, "slots kept", SCALE)
 
 
 def thresholds_map(profile: Profile, width: int) -> Plot:
