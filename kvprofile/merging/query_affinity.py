@@ -4,6 +4,8 @@ The queries of the prompt are there once, when it is compressed. Tokens of later
 while they were recent.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from kvprofile.merging.tokens import Tokens, mean_attention, relative
 FUTURE_QUERIES = 256
 DECAY_QUERIES = 128
 DECAY = 0.98
+LOGITS = 1 << 22  # logits alive at a time: the queries of long texts are taken in pieces
 
 
 def expected(tokens: Tokens) -> Tensor:
@@ -42,14 +45,21 @@ def decayed(tokens: Tokens) -> Tensor:
     if tokens.queries is None:
         return -relative(mean_attention(tokens))
     queries = tokens.queries.newest(DECAY_QUERIES)
-    asked, count = queries.states.shape[3], tokens.keys.shape[2]
-    logits = queries.logits(torch.cat([tokens.keys, queries.keys], dim=2))
-    places = torch.arange(logits.shape[-1], device=logits.device) + tokens.position
-    own = torch.arange(asked, device=logits.device) + tokens.seen - asked
-    logits = logits.masked_fill(places[None, :] > own[:, None], -torch.inf)
-    if queries.sinks is not None:
-        sinks = queries.sinks[None, :, :, None, None].expand(*logits.shape[:-1], 1)
-        logits = torch.cat([logits, sinks], dim=-1)
-    received = torch.softmax(logits, dim=-1)[..., :count]
-    share = DECAY ** torch.arange(asked - 1, -1, -1, device=logits.device)
-    return -relative((received * share[:, None]).sum((2, 3)))
+    keys = torch.cat([tokens.keys, queries.keys], dim=2)
+    count, asked = tokens.keys.shape[2], queries.states.shape[3]
+    places = torch.arange(keys.shape[2], device=keys.device) + tokens.position
+    own = torch.arange(asked, device=keys.device) + tokens.seen - asked
+    share = DECAY ** torch.arange(asked - 1, -1, -1, device=keys.device)
+    worth = torch.zeros((*keys.shape[:2], count), device=keys.device)
+    piece = max(1, LOGITS // (queries.states[..., 0, 0].numel() * keys.shape[2]))
+    for low in range(0, asked, piece):
+        part = slice(low, low + piece)
+        logits = replace(queries, states=queries.states[..., part, :]).logits(keys)
+        # Only the newest tokens are hidden from some of the queries.
+        logits[..., -asked:].masked_fill_(places[-asked:] > own[part, None], -torch.inf)
+        if queries.sinks is not None:
+            sinks = queries.sinks[None, :, :, None, None].expand(*logits.shape[:-1], 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        received = torch.softmax(logits, dim=-1, out=logits)[..., :count]
+        worth += received.mul_(share[part, None]).sum((2, 3))
+    return -relative(worth)

@@ -1,5 +1,7 @@
 """Values mended after any policy, so that the newest queries get what they got before: GRKV (arXiv 2605.31105)."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -40,15 +42,14 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
     keys, values = (part.float().unflatten(0, (batch, kv_heads)) for part in (keys, values))
 
     before, after = queries.logits(tokens.keys), queries.logits(keys)
-    after = after + bias.masked_fill(missing, -torch.inf).view(batch, kv_heads, 1, 1, -1)
+    after += bias.masked_fill(missing, -torch.inf).view(batch, kv_heads, 1, 1, -1)
     newer, count = queries.logits(queries.keys), queries.keys.shape[2]
     own = torch.arange(asked, device=keys.device) + count - asked
     newer = newer.masked_fill(torch.arange(count, device=keys.device) > own[:, None], -torch.inf)
     sinks = newer.new_full((1, 1, 1, 1, 1), -torch.inf) if queries.sinks is None else queries.sinks[..., None, None]
-    top = torch.cat([before, after, newer, sinks.expand(*newer.shape[:4], 1)], dim=-1).amax(-1, keepdim=True)
-    before, after, newer, sinks = (
-        torch.exp(part - top).flatten(2, 3) for part in (before, after, newer, sinks.expand_as(top))
-    )
+    top = reduce(torch.maximum, (part.amax(-1, keepdim=True) for part in (before, after, newer, sinks)))
+    before, after, newer = (part.sub_(top).exp_().flatten(2, 3) for part in (before, after, newer))
+    sinks = torch.exp(sinks - top).flatten(2, 3)
     rest = newer.sum(-1, keepdim=True) + sinks
     recent = newer @ queries.values.float()
     wanted = (before @ tokens.values.float() + recent) / (before.sum(-1, keepdim=True) + rest)

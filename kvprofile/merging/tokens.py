@@ -25,7 +25,9 @@ class Queries:
 
     def logits(self, keys: Tensor) -> Tensor:
         """Logits `(batch, kv_heads, group, queries, keys)` over keys `(batch, kv_heads, keys, head_dim)`."""
-        logits = self.states @ keys.float().transpose(-1, -2)[:, :, None]
+        # One product a KV head: broadcast over the group, its keys would be copied for every query head.
+        logits = self.states.flatten(2, 3) @ keys.float().transpose(-1, -2)
+        logits = logits.unflatten(2, self.states.shape[2:4])
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def newest(self, count: int) -> "Queries":

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvprofile import KVMerger, load_profile
-from kvprofile.merging import affinity, combine, joining, policies, regression
+from kvprofile.merging import affinity, combine, joining, policies, query_affinity, regression
 from kvprofile.merging.combine import Combination
 from kvprofile.merging.counts import slots_of
 from kvprofile.merging.draws import uniform
@@ -76,6 +76,17 @@ def test_slots_are_those_of_the_loops(name, position, sinks):
                 close = 2e-3 if policy.regression else 1e-5
                 np.testing.assert_allclose(part.numpy(), np.stack(wanted), rtol=close, atol=close)
     assert clear >= 9
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("logits", [1, 500])
+def test_the_queries_of_a_long_text_are_taken_in_pieces(monkeypatch, logits, sinks):
+    tokens = random_tokens(3, batch=2, heads=2, count=70, newer=20)
+    if sinks:
+        tokens = replace(tokens, queries=replace(tokens.queries, sinks=torch.tensor([[1.5, -1.0], [-torch.inf, 3.0]])))
+    whole = query_affinity.decayed(tokens)
+    monkeypatch.setattr(query_affinity, "LOGITS", logits)
+    torch.testing.assert_close(query_affinity.decayed(tokens), whole, rtol=1e-5, atol=1e-6)
 
 
 # Through the runtime.
