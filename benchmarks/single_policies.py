@@ -19,7 +19,8 @@ from kvprofile.evaluate.methods import ANCHOR_EPSILON, Method, uniform_plan
 from kvprofile.evaluate.rows import digest, identity
 from kvprofile.files import atomic_write
 from kvprofile.measure import damage as damage_module
-from kvprofile.measure.damage import BUDGETS, Reading, damage
+from kvprofile.measure.damage import BUDGETS, damage
+from kvprofile.measure.probed import Reading
 from kvprofile.merging.affinity import AFFINITIES, Affinity, cosine
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens

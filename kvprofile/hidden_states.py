@@ -59,7 +59,7 @@ class _Tap:
     def __init__(self, layer: nn.Module, attention: nn.Module, watch: HiddenWatcher) -> None:
         self.attention, self.watch = attention, watch
         self.before: Tensor | None = None
-        self.outputs: list[Any] = []
+        self.known: list[Any] = []
         self.attended = self.done = False
         self.handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for child in layer.children():
@@ -77,21 +77,24 @@ class _Tap:
             self.before = _hidden(args, kwargs)
 
     def _read(self, _child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.done or not self.attended or self.before is None:
+        if self.done or self.before is None:
             return
         hidden = _hidden(args, kwargs)
-        if hidden is not None and not any(hidden is known for known in (self.before, *self.outputs)):
-            self.watch(self.attention.layer_idx, self.before[0], hidden[0])  # type: ignore[arg-type]
+        if not self.attended:
+            # The layer's input again, moved here if the layer before it lies on another device.
+            self.known.append(hidden)
+        elif hidden is not None and not any(hidden is known for known in (self.before, *self.known)):
+            self.watch(self.attention.layer_idx, self.before[0].to(hidden.device), hidden[0])  # type: ignore[arg-type]
             self.done = True
 
     def _put_out(self, child: nn.Module, _args: Any, output: Any) -> None:
         if not self.done:
-            self.outputs.append(output[0] if isinstance(output, tuple) else output)
+            self.known.append(output[0] if isinstance(output, tuple) else output)
             self.attended = self.attended or child is self.attention
 
     def _leave(self, *_: Any) -> None:
         """Let go of the tensors."""
-        self.before, self.outputs, self.done = None, [], True
+        self.before, self.known, self.done = None, [], True
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -16,15 +16,19 @@ from transformers.cache_utils import (
 )
 
 from kvprofile.errors import KVProfileError
+from kvprofile.probe_attention import Surroundings, probe_attention
 from kvprofile.runtime.attention import MARK, AttentionCall
 from kvprofile.runtime.install import install, restore
-from kvprofile.runtime.masks import LogicalLength
+from kvprofile.runtime.masks import LogicalLength, MaskRecipe
 
 Watcher = Callable[[int, AttentionCall, Tensor], None]
 
 
 class _WatchedLayer(CacheLayerMixin):
-    """Passes keys and values through, so that they reach our attention function marked."""
+    """Passes keys and values through, so that they reach our attention function marked.
+
+    context: the keys and values that were kept, `(1, kv_heads, tokens, dim)` each.
+    """
 
     slots = None
     needs_mass = False
@@ -39,10 +43,10 @@ class _WatchedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.context is not None:
-            key_states = torch.cat([self.context[0], key_states], dim=2)
-            value_states = torch.cat([self.context[1], value_states], dim=2)
         if self.observer.keeps:
+            if self.context is not None:
+                key_states = torch.cat([self.context[0], key_states], dim=2)
+                value_states = torch.cat([self.context[1], value_states], dim=2)
             self.context = key_states, value_states
         setattr(key_states, MARK, self)
         self.unread = True
@@ -53,6 +57,16 @@ class _WatchedLayer(CacheLayerMixin):
 
     def hidden(self) -> None:
         return None
+
+    def attend(self, call: AttentionCall) -> Tensor | None:
+        if self.context is None or self.observer.keeps:
+            return None
+        mask = call.mask.stock() if isinstance(call.mask, MaskRecipe) else call.mask
+        keys, values = self.context
+        around = Surroundings(
+            keys[0], values[0], None if mask is None else mask[0, 0], call.scaling, call.softcap, call.sinks
+        )
+        return probe_attention(call.query[0], call.key[0], call.value[0], around)[None]
 
     def attended(self, call: AttentionCall, output: Tensor, _tail_mass: Tensor | None) -> None:
         self.observer.seen = True
@@ -96,10 +110,16 @@ class Observer:
             layers.append(_WatchedLayer(index, stock.is_sliding, self) if plain else stock)
         return Cache(layers=layers)
 
+    def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a layer that were kept, `(1, kv_heads, tokens, dim)` each."""
+        kept: tuple[Tensor, Tensor] | None = getattr(self.cache.layers[layer], "context", None)
+        return kept
+
     def read(self, tokens: Tensor, watch: Watcher, *, keep: bool = False, grad: bool = False) -> Tensor:
         """Run one forward over `tokens` `(tokens,)`, after those just kept, if any, and call `watch(layer, call, output)`.
 
-        With `keep` the keys and values stay, as the context of the next read; without it they are let go.
+        With `keep` the keys and values stay, as the context of the next read; without it they are let go. A call holds the
+        keys and values of all tokens where they are kept, of `tokens` alone where they only look back at a `context`.
         Returns the logits: of the last token only,
         or with `grad` of every token, with the graph from the attention outputs to them.
 

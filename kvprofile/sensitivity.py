@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvprofile.errors import KVProfileError
-from kvprofile.measure.damage import Reading
+from kvprofile.measure.probed import Reading
 from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.regression import WINDOW
 from kvprofile.merging.scores import attention_mass, mass_stride, window_mass
@@ -69,9 +69,11 @@ def read_probe(
                     sinks=call.sinks,
                 ),
             )
+            contexts[layer] = call.key, call.value
         watch_context(layer, call, mass)
 
     attended: dict[int, tuple[AttentionCall, Tensor]] = {}
+    contexts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_probe(layer: int, call: AttentionCall, output: Tensor) -> None:
         attended[layer] = call, output
@@ -85,9 +87,10 @@ def read_probe(
         for index, layer in enumerate(layers):
             call, _ = attended.pop(layer)
             mass, windows, queries = scores.pop(layer)
-            context = Tokens(call.key[:, :, :tokens], call.value[:, :, :tokens], mass, windows, 0, tokens, queries)
+            keys, values = contexts.pop(layer)
+            context = Tokens(keys, values, mass, windows, 0, tokens, queries)
             slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
-            watch_probe(layer, Reading(context, call, slopes, probe.kind))
+            watch_probe(layer, Reading(context, call, slopes, probe.kind.to(slopes.device)))
 
 
 def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> tuple[list[tuple[Tensor, ...]], float]:

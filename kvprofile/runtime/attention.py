@@ -33,6 +33,9 @@ class AttendedLayer(Protocol):
     def hidden(self) -> Tensor | None:
         """Columns of the tail that nobody may see, `(batch, tail)`; None if there are none."""
 
+    def attend(self, call: "AttentionCall") -> Tensor | None:
+        """The output `(batch, queries, heads, value_dim)` where the layer attends in its own way; None: the stock way."""
+
     def attended(self, call: "AttentionCall", output: Tensor, tail_mass: Tensor | None) -> None:
         """Take note that the layer's attention is done; this is where merging and measuring happen.
 
@@ -115,6 +118,10 @@ def attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
                 )
                 layer.attended(call, output, mass)
                 return output, None
+            own = layer.attend(call)
+            if own is not None:
+                layer.attended(call, own, None)
+                return own, None
         mask = attention_mask.stock() if isinstance(attention_mask, MaskRecipe) else attention_mask
         result = _stock_attention(implementation, module)(module, query, key, value, mask, **options)
         if layer is not None:

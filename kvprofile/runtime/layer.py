@@ -134,6 +134,9 @@ class MergedLayer(CacheLayerMixin):
         columns = torch.arange(self.tail, device=self.keys.device)
         return columns < torch.tensor(unused, device=self.keys.device)[:, None]
 
+    def attend(self, _call: AttentionCall) -> None:
+        """Merged layers attend by `ragged_attention`, the others in the stock way."""
+
     def attended(self, call: AttentionCall, output: Tensor, tail_mass: Tensor | None) -> None:
         """Count the attention the tail received and, after the layer's last reader, merge what has aged."""
         self.waiting -= 1

@@ -56,6 +56,9 @@ class _Probe(CacheLayerMixin):
     def hidden(self) -> None:
         return None
 
+    def attend(self, _call: AttentionCall) -> None:
+        return None
+
     def attended(self, call: AttentionCall, output: Tensor, _tail_mass: Tensor | None) -> None:
         assert call.module is not None
         self.readers.append(call.module)

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from kvprofile import KVMerger
 from kvprofile.errors import KVProfileError
 from kvprofile.fingerprint import model_facts
-from kvprofile.measure.damage import Reading, _Probed
-from kvprofile.observe import observing
+from kvprofile.measure.probed import Probed, Reading
+from kvprofile.observe import _WatchedLayer, observing
 from kvprofile.probes import KINDS, Probe
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.install import install, restore
@@ -91,22 +91,30 @@ def test_keys_are_observed_as_a_stock_cache_stores_them(name):
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_a_calibration_sees_the_attention_of_the_model(name):
+def test_a_calibration_sees_the_attention_of_the_model(monkeypatch, name):
     model, text = model_of(name), tiny_text(60)[0]
     layers = [index for index, kind in enumerate(model_facts(model.config)["attention"]) if kind == "full_attention"]
     contexts, errors = [], []
+    outputs: dict[int, Tensor] = {}
+    attended = _WatchedLayer.attended
 
-    def on_probe(_layer: int, reading: Reading) -> None:
-        probed = _Probed(reading, [KINDS.index("continuation")])
-        above = probed.above + probed.weights @ reading.context.values[0].float()
-        found = above / (probed.below + probed.weights.sum(-1, keepdim=True))
-        shape = (probed.kv_heads, probed.group, probed.queries, -1)
-        wanted = reading.output.permute(1, 0, 2).reshape(found.shape)
-        errors.append(relative_error(found.view(shape), wanted.view(shape)))
+    def remember(layer: _WatchedLayer, call: AttentionCall, output: Tensor, mass: None) -> None:
+        if layer.unread:
+            outputs[layer.index] = output.detach()[0]
+        attended(layer, call, output, mass)
 
+    def on_probe(layer: int, reading: Reading) -> None:
+        probed = Probed(reading, [KINDS.index("continuation")])
+        wanted = outputs[layer].transpose(0, 1).reshape(probed.exact.shape)
+        errors.append(relative_error(probed.exact, wanted))
+
+    monkeypatch.setattr(_WatchedLayer, "attended", remember)
     with observing(model) as observer:
         probe = Probe(text[:40], text[40:], torch.full((20,), KINDS.index("continuation")))
         read_probe(observer, probe, lambda layer, _call, _mass: contexts.append(layer), on_probe, layers=layers, seed=0)
+        observer.read(probe.context, lambda *_: None, keep=True)
+        logits = observer.read(probe.tokens, lambda *_: None, grad=True)
+    assert relative_error(logits.detach(), model(text[None]).logits[0, 40:].detach()) < 1e-5
     assert contexts == sorted(set(contexts))
     assert len(errors) == len(layers)
     assert max(errors) < 1e-5

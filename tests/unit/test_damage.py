@@ -9,12 +9,15 @@ from transformers import DynamicCache
 from kvprofile import KVMerger, sensitivity
 from kvprofile.errors import KVProfileError
 from kvprofile.measure import damage as module
-from kvprofile.measure.damage import BUDGETS, DamageCurves, Reading, damage
+from kvprofile.measure import probed
+from kvprofile.measure.damage import BUDGETS, DamageCurves, damage
+from kvprofile.measure.probed import Reading
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
 from kvprofile.observe import observing
 from kvprofile.probes import Probe, ProbeMix, make_probe
 from kvprofile.sensitivity import DRAWS, _gradients, read_probe
+from tests.unit.architectures import build
 from tests.unit.merge_reference import relative_error
 from tests.unit.tiny_models import head, profile_values, tiny_model, tiny_text
 
@@ -73,16 +76,20 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
     result = np.zeros((kv_heads, len(KINDS)))
     for kv_head, (old_keys, old_values, old_bias) in enumerate(pieces):
         later = slice(tokens - recent, None)
-        keys = exact(torch.cat([old_keys, call.key[0, kv_head, later]]))
-        values = exact(torch.cat([old_values, call.value[0, kv_head, later]]))
+        all_keys, all_values = (
+            torch.cat([old[0, kv_head], own[0, kv_head]])
+            for old, own in ((context.keys, call.key), (context.values, call.value))
+        )
+        keys = exact(torch.cat([old_keys, all_keys[later]]))
+        values = exact(torch.cat([old_values, all_values[later]]))
         slopes = np.zeros(reading.gradients.shape[:2])
         for one in range(kv_head * group, (kv_head + 1) * group):
             logits = exact(call.query[0, one]) @ keys.T * call.scaling
             logits[:, : len(old_keys)] += exact(old_bias)
             logits[:, -queries:][future] = -np.inf
-            whole = exact(call.query[0, one]) @ exact(call.key[0, kv_head]).T * call.scaling
+            whole = exact(call.query[0, one]) @ exact(all_keys).T * call.scaling
             whole[:, -queries:][future] = -np.inf
-            unmerged = softmax(whole, axis=-1) @ exact(call.value[0, kv_head])
+            unmerged = softmax(whole, axis=-1) @ exact(all_values)
             change = softmax(logits, axis=-1) @ values - unmerged
             slopes += (exact(reading.gradients[:, :, one]) * change).sum(-1)
         for kind in range(len(KINDS)):
@@ -105,6 +112,25 @@ def test_below_the_floor_protected_tokens_are_kept_as_the_runtime_keeps_them(rea
     # 2% of 240 are 5 tokens: the 4 first and the 32 recent ones keep their slots all the same.
     found = damage(readings[0], [POLICIES[name]], KINDS)[0]
     np.testing.assert_allclose(found[:, 0], direct(readings[0], name, BUDGETS[0], floor=1), rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "GPT-OSS"])
+def test_heads_taken_in_parts_are_what_they_are_together(monkeypatch, name):
+    changes = {"Llama": {}, "Qwen2": {"hidden_size": 112, "num_attention_heads": 14}}
+    model = build(name, **changes.get(name, {"layer_types": ["full_attention"] * 2}))
+    reading = readings_of(model, tiny_probe())[1]
+    policies = [POLICIES[one] for one in ("value-attention", "gather-mended", "random")]
+    expected = damage(reading, policies, KINDS)
+    monkeypatch.setattr(probed, "PART_BYTES", 1)
+    assert len(list(reading.parts())) == reading.call.key.shape[1] == 2
+    np.testing.assert_allclose(damage(reading, policies, KINDS), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in DROPS + MERGES if not POLICIES[name].only_drops])
+def test_budgets_merged_together_are_what_they_are_one_by_one(monkeypatch, readings, name):
+    expected = damage(readings[1], [POLICIES[name]], KINDS)
+    monkeypatch.setattr(module, "_together", lambda counts, _part: [counts[:5], counts[5:]])
+    np.testing.assert_allclose(damage(readings[1], [POLICIES[name]], KINDS), expected, rtol=1e-4, atol=1e-12)
 
 
 def test_soft_caps_are_followed():
@@ -231,9 +257,12 @@ def test_a_reading_is_what_the_model_attended_to():
     stock = DynamicCache()
     with torch.no_grad():
         model(torch.cat([probe.context, probe.tokens])[None], past_key_values=stock)
-    assert relative_error(reading.call.key, stock.layers[1].keys) < 1e-5
-    assert torch.equal(reading.context.keys, reading.call.key[:, :, :CONTEXT])
-    assert torch.equal(reading.context.values, reading.call.value[:, :, :CONTEXT])
+    for old, own, whole in (
+        (reading.context.keys, reading.call.key, stock.layers[1].keys),
+        (reading.context.values, reading.call.value, stock.layers[1].values),
+    ):
+        assert old.shape[2] == CONTEXT
+        assert relative_error(torch.cat([old, own], dim=2), whole) < 1e-5
     assert (reading.context.position, reading.context.seen) == (0, CONTEXT)
     assert reading.gradients.shape == (DRAWS, tokens, 4, 16)
     # The context's scores know nothing of the probe: 240 queries of two heads hand out one each.

