@@ -119,7 +119,10 @@ def read_header(path: Path) -> Header:
         if not 0 <= index < run.samples or shards < 1:
             raise ValueError(f"sample {index + 1} of {run.samples}")
         return Header(path, run, index, shards, tuple(map(str, facts["kinds"])))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, KVProfileError) as error:
+    except (
+        *(SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError),
+        KVProfileError,
+    ) as error:
         raise KVProfileError(
             f"{path} is damaged or no sample of kvprofile ({_line(error)}); remove it, and measure its sample again with "
             "--resume"

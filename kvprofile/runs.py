@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.fingerprint import model_facts
@@ -46,6 +46,17 @@ class Run(BaseModel):
     mix: ProbeMix
     depends: dict[str, str]
 
+    @model_validator(mode="after")
+    def _hold_together(self) -> "Run":
+        """A run that was read from a file may say anything."""
+        if len(self.model.attention) != self.model.layers:
+            raise ValueError(f"attention of {len(self.model.attention)} layers for {self.model.layers}")
+        if unknown := {self.base, *self.candidates} - self.policies.keys():
+            raise ValueError(f"no policy {', '.join(sorted(unknown))}")
+        if self.calibration.measured.samples < 1 or self.calibration.measured.tokens < 2:
+            raise ValueError("nothing was measured")
+        return self
+
     @property
     def samples(self) -> int:
         """How many samples are measured in all."""
@@ -54,7 +65,8 @@ class Run(BaseModel):
     def statistics(self) -> Statistics:
         """Statistics that have seen nothing yet.
 
-        Raises KVProfileError where a policy is not known here: one of a file of the user's that was not imported.
+        Raises KVProfileError where a policy is not known here (one of a file of the user's that was not imported), or the
+        statistics do not fit into memory.
         """
         try:
             known = {name: Policy.from_dict(facts.model_dump()) for name, facts in self.policies.items()}
@@ -63,7 +75,14 @@ class Run(BaseModel):
                 f"the partials use a policy that is not known here ({error}); import its file first, from Python"
             ) from error
         candidates = [(name, known[name]) for name in self.candidates]
-        return empty_statistics(self.model, self.calibration.measured.tokens, known[self.base], candidates, self.mix)
+        tokens = self.calibration.measured.tokens
+        try:
+            return empty_statistics(self.model, tokens, known[self.base], candidates, self.mix)
+        except (MemoryError, ValueError) as error:
+            raise KVProfileError(
+                f"no memory for the statistics of {self.model.layers} layers x {self.model.kv_heads} KV heads at {tokens:,} "
+                "tokens; take a machine with more, or fewer --tokens"
+            ) from error
 
     def difference(self, other: "Run") -> tuple[str, str, str] | None:
         """What keeps two runs' samples from being joined: its name, ours and theirs; None where nothing does."""

@@ -126,6 +126,52 @@ def test_a_damaged_partial(shards, tmp_path):
     assert not (tmp_path / "p.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("format",), 2),
+        (("sample",), 0),
+        (("sample",), 6),
+        (("sample",), float("inf")),
+        (("sample",), None),
+        (("shards",), 0),
+        (("run",), []),
+        (("run", "base"), "nobody"),
+        (("run", "candidates"), ["nobody"]),
+        (("run", "mix", "passages"), -1),
+        (("run", "model", "layers"), 0),
+        (("run", "model", "layers"), 10**9),
+        (("run", "model", "attention"), ["full_attention"] * 3),
+        (("run", "calibration", "measured", "tokens"), 0),
+        (("run", "calibration", "measured", "samples"), -1),
+        (("run", "policies", "h2o", "affinity"), 3),
+        (("run", "surprise"), 1),
+    ],
+)
+def test_strange_facts_in_a_partial(place, value, shards, tmp_path):
+    shutil.copytree(shards[1], tmp_path / "copy")
+    file = sample_files(tmp_path / "copy")[0]
+    facts = json.loads(_metadata(file))
+    part = facts
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    save_file(load_file(file), file, metadata={"kvprofile": json.dumps(facts)})
+    result = run("merge", shards[0], tmp_path / "copy", "-o", tmp_path / "p.json")
+    refused(result, 1, f"{file} is damaged or no sample of kvprofile", "measure its sample again")
+
+
+def test_statistics_that_no_machine_holds(shards, tmp_path):
+    for shard in shards:
+        shutil.copytree(shard, tmp_path / shard.parent.name)
+        for file in sample_files(tmp_path / shard.parent.name):
+            facts = json.loads(_metadata(file))
+            facts["run"]["calibration"]["measured"]["tokens"] = 10**15
+            save_file(load_file(file), file, metadata={"kvprofile": json.dumps(facts)})
+    folders = [tmp_path / shard.parent.name for shard in shards]
+    refused(run("merge", *folders, "-o", tmp_path / "p.json"), 1, "no memory for the statistics of 2 layers")
+
+
 def _metadata(path):
     from safetensors import safe_open
 
