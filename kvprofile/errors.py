@@ -3,11 +3,18 @@
 A message is one line: what went wrong, what was got, what was expected, what to do next.
 """
 
+LONGEST = 2000  # characters of a message; what a file says about itself may be as long as the file
+
 
 class KVProfileError(Exception):
     """Something the user can mend; the command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} [...] {line[-half:]}")
 
 
 class UsageError(KVProfileError):

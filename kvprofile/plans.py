@@ -8,13 +8,22 @@ from numpy.typing import NDArray
 
 from kvprofile.allocate import allocate
 from kvprofile.errors import MismatchError, UsageError
-from kvprofile.profile import HeadPlan, LayerPlan, ModelFacts, Plan, PolicyFacts, Profile, ProtectionFacts, Statistics
+from kvprofile.profile import (
+    MODES,
+    HeadPlan,
+    LayerPlan,
+    ModelFacts,
+    Plan,
+    PolicyFacts,
+    Profile,
+    ProtectionFacts,
+    Statistics,
+)
 from kvprofile.rules import PUBLISHED, rule_shares
 from kvprofile.solve import GRANULARITIES, check_budget, solve, thresholds_of
 
 AUTO = "auto"
 RULES = ("damage", "uniform", "common", *PUBLISHED)
-MODES = ("exact", "threshold")
 OBJECTIVES = {
     "balanced": {"recall": 1.0, "continuation": 1.0},
     "recall": {"recall": 1.0},
@@ -52,6 +61,10 @@ def make_plan(
     _known("granularity", granularity, GRANULARITIES)
     _known("mode", mode, MODES)
     _known("policy", policy, (AUTO, *policies))
+    if tokens < 1 or not statistics.thresholds:
+        raise MismatchError(
+            f"nothing was measured of {model.name}, so nothing can be planned by it; calibrate it first"
+        )
     merged = model.full_attention_layers()
     if not merged:
         raise MismatchError(

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from kvprofile.errors import KVProfileError
 from kvprofile.files import atomic_write
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 LINE = 120  # characters of an object that is written on one line
+MODES = ("exact", "threshold")
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# A cosine, or what lies just above all of them: at 1.001 nothing merges.
+Threshold = Annotated[float, Field(ge=-1, le=1.01)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # A name that a program using kvprofile has registered; the runtime refuses it where it is not.
 Foreign = Annotated[str, Field(pattern="^x-[a-z0-9-]+$")]
@@ -49,10 +53,10 @@ class ModelFacts(_Strict):
     revision: str | None
     architecture: str
     model_type: str
-    layers: int = Field(gt=0)
-    query_heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    layers: int = Field(gt=0, le=2**16)
+    query_heads: int = Field(gt=0, le=2**16)
+    kv_heads: int = Field(gt=0, le=2**16)
+    head_dim: int = Field(gt=0, le=2**16)
     attention: list[str] = Field(description="kind of attention of every layer; only full_attention is merged")
     rope: dict[str, Any] | None
     config_hash: Sha256
@@ -65,9 +69,9 @@ class ModelFacts(_Strict):
 class TextFacts(_Strict):
     """Which text was read."""
 
-    samples: int
-    tokens: int = Field(description="tokens of each sample")
-    kinds: dict[str, int] = Field(description="samples of each kind of text")
+    samples: Count
+    tokens: Count = Field(description="tokens of each sample")
+    kinds: dict[str, Count] = Field(description="samples of each kind of text")
 
 
 class Calibration(_Strict):
@@ -85,8 +89,8 @@ class Calibration(_Strict):
 class ProtectionFacts(_Strict):
     """Tokens that always keep a slot of their own."""
 
-    first: int = Field(ge=0)
-    recent: int = Field(ge=0)
+    first: Count
+    recent: Count
     recent_share: Share
     heavy_share: Share
 
@@ -95,7 +99,7 @@ class CombinationFacts(_Strict):
     """How a set becomes a slot."""
 
     weights: Literal["gaussian", "attention", "average", "pivot", "similarity", "midpoints", "cosines"] | Foreign
-    sigma: Annotated[float, Field(gt=0)] | Literal["mean", "rms"]
+    sigma: Annotated[float, Field(gt=0, le=1e6)] | Literal["mean", "rms"]
     keep_pivot_key: bool
     scale_values: bool
     bias: Literal["count", "attention", "none"]
@@ -131,7 +135,7 @@ class PolicyFacts(_Strict):
     regression: bool = Field(
         default=False, description="mend the slots' values so that the newest queries' outputs match"
     )
-    seed: int = Field(default=0, ge=0, description="of what a policy draws")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of what a policy draws")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -178,8 +182,17 @@ class DamageFacts(_Strict):
 class Arrays(_Strict):
     """The file with the big arrays: similarity maps, histograms, ratios of every rule."""
 
-    file: str
+    file: str = Field(description="its bare name: it lies beside the profile")
     sha256: Sha256
+
+    @field_validator("file")
+    @classmethod
+    def _bare(cls, name: str) -> str:
+        if not name.endswith(".safetensors") or len(name.encode()) > 255 or any(sign in name for sign in "/\\:\0"):
+            raise ValueError(
+                "must be the bare name of a .safetensors file beside the profile, of at most 255 bytes, without folders"
+            )
+        return name
 
 
 class Statistics(_Strict):
@@ -187,7 +200,7 @@ class Statistics(_Strict):
 
     rule: Literal["chain", "anchor", "complete"] = Field(description="the set rule whose ratios these are")
     policy: str = Field(description="the policy whose protected tokens count in the ratios")
-    thresholds: list[float]
+    thresholds: list[Threshold]
     layers: list[LayerStatistics]
     persistence: list[Persistence]
     damage: DamageFacts | None
@@ -198,7 +211,7 @@ class HeadPlan(_Strict):
     """One KV head's part of the plan."""
 
     policy: str = Field(description="a name from `policies`")
-    epsilon: float | None = Field(description="merge neighbours at least this similar; null: merge nothing")
+    epsilon: Threshold | None = Field(description="merge neighbours at least this similar; null: merge nothing")
     share: Share = Field(description="fraction of the tokens that keep a slot")
     damage: float | None = Field(description="predicted KL, nats per probe token, summed over the objective's kinds")
 
@@ -207,7 +220,7 @@ class LayerPlan(_Strict):
     """One layer's part of the plan."""
 
     layer: int
-    epsilon: float | None = Field(description="the one threshold at which the whole layer has its share")
+    epsilon: Threshold | None = Field(description="the one threshold at which the whole layer has its share")
     share: Share
     heads: list[HeadPlan]
 
@@ -227,6 +240,12 @@ class Plan(_Strict):
     predicted_damage: float | None = Field(description="sum of the heads' damage")
     damage_bound: float | None = Field(description="no allocation of this budget predicts less")
     layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
+
+    def without_thresholds(self) -> list[int]:
+        """Layers with a head that is to be merged and has no threshold to merge by."""
+        return [
+            entry.layer for entry in self.layers if any(head.epsilon is None and head.share < 1 for head in entry.heads)
+        ]
 
 
 class Fidelity(_Strict):
@@ -312,6 +331,17 @@ class Profile(_Strict):
             unknown = {head.policy for head in layer.heads} - set(self.policies)
             if unknown:
                 raise ValueError(f"plan.layers[{layer.layer}] names unknown policies {sorted(unknown)}")
+        if self.plan.mode == "threshold" and (endless := self.plan.without_thresholds()):
+            raise ValueError(f"plan.mode is threshold, and in layers {endless} merged heads have no epsilon")
+        if (damage := self.statistics.damage) is not None:
+            if strangers := set(damage.policies) - set(self.policies):
+                raise ValueError(f"statistics.damage names unknown policies {sorted(strangers)}")
+            if sorted(set(damage.budgets)) != damage.budgets or not all(0 < share < 1 for share in damage.budgets):
+                raise ValueError("statistics.damage.budgets must rise between 0 and 1")
+            if len(set(damage.policies)) < len(damage.policies) or len(set(damage.kinds)) < len(damage.kinds):
+                raise ValueError("statistics.damage names a policy or a kind twice")
+            if not damage.policies or not damage.budgets or not damage.kinds:
+                raise ValueError("statistics.damage names no policy, budget or kind; null says that none was measured")
         return self
 
     def to_json(self) -> str:

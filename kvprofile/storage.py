@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import atomic_write, sha256_of
+from kvprofile.measured_arrays import check_arrays
 from kvprofile.profile import SCHEMA_VERSION, Arrays, Profile
 
 if TYPE_CHECKING:
@@ -34,24 +35,42 @@ def load_profile(path: str | Path) -> Profile:
         values = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise MismatchError(f"{path} is not a complete JSON file ({error}); copy it again or calibrate anew") from error
+    return _checked(values, text, str(path)).at(path)
+
+
+def profile_of(values: Any) -> Profile:
+    """Check a profile's JSON values, as `load_profile` checks a file.
+
+    Raises MismatchError where they are no valid profile or of another major version.
+    """
+    name = "the profile"
+    try:
+        text = json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MismatchError(f"{name} is no JSON ({error}); give the values of a file that calibrate wrote") from error
+    return _checked(values, text, name)
+
+
+def _checked(values: Any, text: str, name: str) -> Profile:
+    """The profile with these JSON values, of which `text` is the JSON; `name` says whose they are."""
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version is None:
         raise MismatchError(
-            f"{path} is not a kvprofile profile: it has no schema_version; give the .json file that calibrate wrote"
+            f"{name} is not a kvprofile profile: it has no schema_version; give the .json file that calibrate wrote"
         )
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise MismatchError(
-            f"{path} has schema version {version!r}, this kvprofile reads version {SCHEMA_VERSION}; update kvprofile or "
+            f"{name} has schema version {version!r}, this kvprofile reads version {SCHEMA_VERSION}; update kvprofile or "
             "calibrate anew"
         )
     try:
-        return Profile.model_validate_json(text).at(path)
+        return Profile.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "profile"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise MismatchError(
-            f"{path} is not a valid profile: {where}: {first['msg']}{more}; it was edited or damaged, calibrate anew"
+            f"{name} is not a valid profile: {where}: {first['msg']}{more}; it was edited or damaged, calibrate anew"
         ) from error
 
 
@@ -83,30 +102,52 @@ def save_profile(
 def load_arrays(profile: Profile, path: str | Path) -> dict[str, "np.ndarray"]:
     """Read the arrays that lie beside the profile saved at `path`.
 
-    Raises KVProfileError where the file is missing or is not the one the profile was saved with.
+    Raises KVProfileError where the file is missing, is not the one the profile was saved with, or does not hold what the
+    profile says was measured.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    file = _arrays_file(profile, Path(path))
+    if sha256_of(file) != profile.statistics.arrays.sha256:  # type: ignore[union-attr]
+        raise KVProfileError(f"{file} is not the file {path} was saved with (SHA-256 differs); calibrate anew")
+    try:
+        arrays = load_file(file)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise KVProfileError(f"{file} is no complete .safetensors file ({error}); calibrate anew") from error
+    check_arrays(profile, arrays, file)
+    return arrays
+
+
+def _arrays_file(profile: Profile, path: Path) -> Path:
+    """The file of the arrays beside the profile at `path`; raises KVProfileError where there is none."""
     arrays = profile.statistics.arrays
     if arrays is None:
         raise KVProfileError(f"{path} names no arrays file; calibrate anew to get one")
-    file = Path(path).parent / arrays.file
-    if not file.exists():
+    file = path.parent / arrays.file
+    try:
+        there, regular = file.exists(), file.is_file()
+    except OSError as error:
+        raise KVProfileError(f"cannot read {file}: {error.strerror or error}; check the path") from error
+    if not there:
         raise KVProfileError(f"{file} is missing; it belongs beside {path}: copy it there or calibrate anew")
-    if sha256_of(file) != arrays.sha256:
-        raise KVProfileError(f"{file} is not the file {path} was saved with (SHA-256 differs); calibrate anew")
-    return load_file(file)
+    if not regular:
+        raise KVProfileError(
+            f"{file} is no regular file; the arrays of {path} belong there: copy them or calibrate anew"
+        )
+    return file
 
 
-def carry_arrays(profile: Profile, source: Path, target: Path) -> None:
-    """Copy the arrays that lie beside the profile at `source` beside `target`, where the two folders differ.
+def save_planned(profile: Profile, source: Path, path: Path, *, force: bool = False) -> tuple[Profile, list[Path]]:
+    """Write a profile that was planned anew, and beside it a copy of the arrays beside `source`, the profile it comes from.
 
-    Raises KVProfileError if the arrays are missing or cannot be written.
+    Returns the profile as saved and the paths. Raises KVProfileError as `save_profile` does, or if the arrays are not at hand.
     """
-    from safetensors.numpy import save
-
-    if profile.statistics.arrays is not None and source.parent.resolve() != target.parent.resolve():
-        atomic_write(target.parent / profile.statistics.arrays.file, save(load_arrays(profile, source)))
+    if profile.statistics.arrays is None:
+        return profile.at(path), [profile.save(path, force=force)]
+    if path.resolve() == source.resolve():
+        return profile.at(path), [profile.save(path, force=force)]  # its arrays lie there already
+    return save_profile(profile, load_arrays(profile, source), path, force=force)
 
 
 def _no_constant(name: str) -> Iterator[None]:

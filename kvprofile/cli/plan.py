@@ -40,7 +40,7 @@ def plan(
     from kvprofile import terminal
     from kvprofile.plans import replan
     from kvprofile.rules import PUBLISHED
-    from kvprofile.storage import carry_arrays, load_arrays, load_profile
+    from kvprofile.storage import load_arrays, load_profile, save_planned
 
     check_writable(output, force)
     loaded = load_profile(profile)
@@ -48,8 +48,8 @@ def plan(
     published = choices.get("rule", loaded.plan.rule) in PUBLISHED
     arrays = load_arrays(loaded, profile) if loaded.statistics.damage or published else {}
     planned = replan(loaded, arrays.get("damage_mean"), budget, policy=policy, measured=arrays, **choices)
-    carry_arrays(planned, profile, output)
-    planned.save(output, force=force)
+    _, written = save_planned(planned, profile, output, force=force)
     if as_json:
         click.echo(terminal.as_json(planned))
-    click.echo(f"Wrote {output}", err=True)
+    for path in written:
+        click.echo(f"Wrote {path}", err=True)

@@ -70,8 +70,9 @@ def uniform_methods(profile: Profile, names: Sequence[str], budgets: Sequence[fl
 def uniform_plan(profile: Profile, name: str, policy: Policy, budget: float) -> dict[str, Any]:
     """A profile's JSON values with one policy, called `name`, and one share for every head."""
     values = profile.model_dump(mode="json")
-    values["policies"] = {name: policy.to_dict()}
+    values["policies"][name] = policy.to_dict()
+    head = {"policy": name, "epsilon": ANCHOR_EPSILON, "share": budget, "damage": None}
     for layer in values["plan"]["layers"]:
-        layer["heads"] = [{"policy": name, "epsilon": ANCHOR_EPSILON, "share": budget} for _ in layer["heads"]]
+        layer["heads"] = [head for _ in layer["heads"]]
     values["plan"]["mode"] = "exact"
     return values

@@ -1,19 +1,18 @@
 """The runtime's public face: attach a profile to a model, hand out caches, detach."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from kvprofile.errors import KVProfileError
 from kvprofile.fingerprint import check_fit, model_facts
+from kvprofile.profile import Profile
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.cache import MergedCache
 from kvprofile.runtime.install import install, refuse_compiled, restore
 from kvprofile.runtime.settings import Settings
-
-if TYPE_CHECKING:
-    from kvprofile.profile import Profile
+from kvprofile.storage import load_profile, profile_of
 
 
 class KVMerger:
@@ -38,9 +37,10 @@ class KVMerger:
         head's share to the slot. Raises KVProfileError or MismatchError where the profile cannot be used.
         """
         if isinstance(profile, (str, Path)):
-            return cls(Settings.from_file(profile, mode))
-        values = profile if isinstance(profile, dict) else profile.model_dump(mode="json")
-        return cls(Settings.from_dict(values, mode))
+            profile = load_profile(profile)
+        elif not isinstance(profile, Profile):
+            profile = profile_of(profile)
+        return cls(Settings.from_profile(profile, mode))
 
     def attach(self, model: PreTrainedModel) -> "KVMerger":
         """Switch the model to our attention; without a merged cache it computes what it computed before.

@@ -23,8 +23,11 @@ from tests.unit.test_report_figures import large
 
 WHAT_TO_DO = re.compile(r"\b(calibrate|copy|make one|update|give|check|choose|run)\b")
 ARRAYS = {
-    "histogram": np.arange(12, dtype=np.int64).reshape(2, 2, 3),
-    "map": np.linspace(-1, 1, 8, dtype=np.float16).reshape(2, 4),
+    "key_histogram": np.arange(12, dtype=np.int64).reshape(2, 2, 3),
+    "value_histogram": np.arange(12, dtype=np.int64).reshape(2, 2, 3),
+    "distances": np.arange(5, dtype=np.int32),
+    "similarity_by_distance": np.linspace(-1, 1, 20, dtype=np.float32).reshape(2, 2, 5),
+    "similarity_map": np.linspace(-1, 1, 64, dtype=np.float16).reshape(2, 2, 4, 4),
     "not contiguous": np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)[::2],
 }
 
@@ -82,8 +85,8 @@ def _numbers(low, high):
         max_size=4,
     ),
     shares=st.lists(_numbers(0, 1), min_size=2, max_size=2),
-    thresholds=st.lists(_numbers(-1, 2), min_size=4, max_size=4).map(sorted),
-    epsilon=st.none() | _numbers(-1e300, 1e300),
+    thresholds=st.lists(_numbers(-1, 1.01), min_size=4, max_size=4).map(sorted),
+    epsilon=st.none() | _numbers(-1, 1.01),
 )
 def test_any_text_and_any_number_survives(texts, shares, thresholds, epsilon):
     name, command, policy, text = texts
@@ -95,6 +98,7 @@ def test_any_text_and_any_number_survives(texts, shares, thresholds, epsilon):
     for layer in values["plan"]["layers"]:
         for head, share in zip(layer["heads"], shares, strict=True):
             head.update(share=share, epsilon=epsilon)
+    values["plan"]["mode"] = "exact"
     profile = Profile.model_validate(values)
     assert json.loads(profile.to_json()) == profile.model_dump(mode="json")
     assert Profile.model_validate_json(profile.to_json()) == profile
@@ -434,7 +438,7 @@ def test_missing_arrays_are_told(tmp_path):
 def test_arrays_of_another_run_are_told(tmp_path):
     path = tmp_path / "model.json"
     profile, (_, beside) = save_profile(build_profile(), ARRAYS, path)
-    other = {**ARRAYS, "map": ARRAYS["map"] + np.float16(1)}
+    other = {**ARRAYS, "similarity_map": ARRAYS["similarity_map"] + np.float16(1)}
     save_profile(build_profile(), other, tmp_path / "other.json")
     os.replace(tmp_path / "other.safetensors", beside)
     with pytest.raises(KVProfileError, match="SHA-256 differs") as caught:

@@ -18,6 +18,7 @@ from transformers import (
 
 from kvprofile.fingerprint import model_facts
 from kvprofile.merging.policies import POLICIES
+from kvprofile.unmeasured import unmeasured_values
 
 VOCAB = 640
 _COMMON = {
@@ -94,13 +95,9 @@ def profile_values(
     facts = model_facts(model.config)
     full = [layer for layer, kind in enumerate(facts["attention"]) if kind == "full_attention"]
     by_layer = heads if isinstance(heads, dict) else dict.fromkeys(full, heads)
-    names = {head["policy"] for plan in by_layer.values() for head in plan}
-    return {
-        "schema_version": 1,
-        "model": {"name": "tiny", **facts},
-        "policies": {name: POLICIES[name].to_dict() for name in sorted(names)},
-        "plan": {"mode": mode, "layers": [{"layer": layer, "heads": by_layer[layer]} for layer in full]},
-    }
+    names = sorted({head["policy"] for plan in by_layer.values() for head in plan})
+    policies = {name: POLICIES[name].to_dict() for name in names}
+    return unmeasured_values("tiny", facts, policies, {layer: by_layer[layer] for layer in full}, mode=mode)
 
 
 def head(policy: str = "gauss", *, epsilon: float | None = None, share: float = 1.0) -> dict[str, Any]:
