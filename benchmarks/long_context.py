@@ -31,6 +31,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvprofile.fingerprint import model_facts
 from kvprofile.merging.policies import POLICIES
 from kvprofile.runtime.merger import KVMerger
+from kvprofile.unmeasured import unmeasured_values
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 2, 8, 128, 512
 PIECE = 2048
@@ -56,18 +57,12 @@ class Bench:
         self.model = LlamaForCausalLM(config).eval().requires_grad_(False).to(getattr(torch, dtype))
         self.stock = self.model.config._attn_implementation
         names = [policies[layer % len(policies)] for layer in range(LAYERS)]
-        head = {"epsilon": None, "share": budget}
-        plan = {
-            "schema_version": 1,
-            "model": {"name": "random", **model_facts(config)},
-            "policies": {name: POLICIES[name].to_dict() for name in names},
-            "plan": {
-                "mode": "exact",
-                "layers": [
-                    {"layer": layer, "heads": [head | {"policy": name}] * kv_heads} for layer, name in enumerate(names)
-                ],
-            },
+        heads = {
+            layer: [{"policy": name, "epsilon": None, "share": budget}] * kv_heads for layer, name in enumerate(names)
         }
+        plan = unmeasured_values(
+            "random", model_facts(config), {name: POLICIES[name].to_dict() for name in names}, heads
+        )
         self.merger = KVMerger.from_profile(plan).attach(self.model)
         self.ours = self.model.config._attn_implementation
 

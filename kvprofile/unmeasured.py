@@ -19,8 +19,8 @@ def unmeasured_values(
 ) -> dict[str, Any]:
     """JSON values of a profile with this plan and no statistics.
 
-    `facts` are the model's `fingerprint.model_facts`, `policies` JSON values by name, `heads` of every full-attention layer a
-    `{"policy": ..., "epsilon": ..., "share": ...}` for each KV head.
+    `facts` are the model's `fingerprint.model_facts`, `policies` JSON values by name (at least one), `heads` of every
+    full-attention layer a `{"policy": ..., "epsilon": ..., "share": ...}` for each KV head.
     """
     text = {"samples": 0, "tokens": 0, "kinds": {}}
     # What is wrong with the plan is said by the schema; here it only has to be written down.
@@ -50,7 +50,7 @@ def unmeasured_values(
         "policies": {policy: dict(values) for policy, values in policies.items()},
         "statistics": {
             "rule": "chain",
-            "policy": next(iter(policies), ""),
+            "policy": next(iter(policies)),
             "thresholds": [],
             "layers": [
                 {"layer": layer, "ratio": [[]] * facts["kv_heads"], "ratio_std": [[]] * facts["kv_heads"]}

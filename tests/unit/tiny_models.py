@@ -95,7 +95,7 @@ def profile_values(
     facts = model_facts(model.config)
     full = [layer for layer, kind in enumerate(facts["attention"]) if kind == "full_attention"]
     by_layer = heads if isinstance(heads, dict) else dict.fromkeys(full, heads)
-    names = sorted({head["policy"] for plan in by_layer.values() for head in plan})
+    names = sorted({head["policy"] for plan in by_layer.values() for head in plan} or {"gauss"})
     policies = {name: POLICIES[name].to_dict() for name in names}
     return unmeasured_values("tiny", facts, policies, {layer: by_layer[layer] for layer in full}, mode=mode)
 
