@@ -22,8 +22,8 @@ MODES = ("exact", "threshold")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-# A cosine, or what lies just above all of them: at 1.001 nothing merges.
-Threshold = Annotated[float, Field(ge=-1, le=1.01)]
+# A cosine for most policies, a logarithm or a distance for others; half of what float32 holds is room enough.
+Threshold = Annotated[float, Field(ge=-1e30, le=1e30)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # A name that a program using kvprofile has registered; the runtime refuses it where it is not.
 Foreign = Annotated[str, Field(pattern="^x-[a-z0-9-]+$")]
