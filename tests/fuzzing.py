@@ -1,5 +1,6 @@
 """Mutations of JSON values and of bytes, for the fuzzers; and what a fuzzed reader may do: work, or refuse in one line."""
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def mutate(values: Any, steps: list[tuple[tuple[Any, ...], str, Any]]) -> None:
             part, key = get(values, path[:-1]), path[-1]
             old = part[key]
             if what in ("set", "swap"):
-                part[key] = value
+                part[key] = copy.deepcopy(value)
             elif what == "delete":
                 del part[key]
             elif what == "repeat" and isinstance(part, list):

@@ -81,6 +81,7 @@ def written(path, values):
 @fuzzing(120)
 @given(data=st.data())
 def test_both_doors_agree_on_a_mutated_profile(data, place, whole, tiny):
+    budget = data.draw(st.sampled_from([0.3, 0.6, 0.9]))
     values = copy.deepcopy(whole)
     mutate(values, data.draw(mutations(whole)))
     path = place.with_name("mutated.json")
@@ -108,7 +109,6 @@ def test_both_doors_agree_on_a_mutated_profile(data, place, whole, tiny):
     if refusal(lambda: arrays.append(load_arrays(profile, path))) is not None:
         outcomes["refused its arrays"] += 1
         return
-    budget = data.draw(st.sampled_from([0.3, 0.6, 0.9]))
     planned = []
     told = refusal(lambda: planned.append(replan(profile, arrays[0].get("damage_mean"), budget, measured=arrays[0])))
     outcomes["planned" if told is None else "refused to plan"] += 1
