@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvprofile.merging import nearest
+from kvprofile.merging.losses import Losses
 from kvprofile.merging.nearest import _most_similar
+from kvprofile.merging.tokens import Tokens
 
 HEAD_DIM = 8
 
@@ -19,6 +21,13 @@ def drawn(shares, tokens, *, batch=1, seed=0, dtype=torch.float32):
     chance = torch.rand(batch, len(shares), tokens, generator=generator)
     lost = chance < torch.tensor(shares)[:, None]
     return keys, lost, ~lost & (torch.rand(lost.shape, generator=generator) > 0.1)
+
+
+def search(keys, lost, receivers):
+    """Cosine and owner of every lost token."""
+    kept = (~lost).sum(-1).flatten().tolist()
+    tokens = Tokens(keys, keys, None, {}, 0, keys.shape[2])
+    return _most_similar(Losses(tokens, keys[..., 0], lost, ~lost & ~receivers, kept, 0), receivers)
 
 
 def in_windows(keys, lost, receivers, blocks, window):
@@ -43,9 +52,9 @@ def test_every_lost_token_finds_the_most_similar_receiver_of_its_window(monkeypa
     monkeypatch.setattr(nearest, "BLOCK", 12)
     monkeypatch.setattr(nearest, "WINDOW", window)
     keys, lost, receivers = drawn(shares, 300, batch=2)
-    best, owner = _most_similar(keys, lost, receivers)
-    most_lost, most_receivers = int(lost.sum(-1).max()), int(receivers.sum(-1).max())
-    blocks = max(math.ceil(most_lost / 12), math.ceil(4 * most_receivers / window))
+    best, owner = search(keys, lost, receivers)
+    most_lost, most_kept = int(lost.sum(-1).max()), int((~lost).sum(-1).max())
+    blocks = max(math.ceil(most_lost / 12), math.ceil(4 * most_kept / window))
     for row, head in torch.cartesian_prod(torch.arange(2), torch.arange(len(shares))).tolist():
         expected = in_windows(keys[row, head], lost[row, head], receivers[row, head], blocks, window)
         for token in range(300):
@@ -75,7 +84,7 @@ def test_a_window_reaches_far_to_both_sides(monkeypatch, share):
         own = keys.repeat(len(chosen), 1, 1)
         own[texts, chosen] = own[texts, twin[chosen]]
         marked = lost.expand(len(chosen), 1, -1)
-        owner = _most_similar(own[:, None], marked, ~marked)[1]
+        owner = search(own[:, None], marked, ~marked)[1]
         assert owner[texts, 0, chosen].tolist() == twin[chosen].tolist()
 
 
@@ -83,9 +92,7 @@ def test_a_window_reaches_far_to_both_sides(monkeypatch, share):
 def test_half_precision_keys_are_compared_in_float32(monkeypatch, dtype):
     monkeypatch.setattr(nearest, "WINDOW", 32)
     keys, lost, receivers = drawn([0.5, 0.3], 300, dtype=dtype)
-    for half, single in zip(
-        _most_similar(keys, lost, receivers), _most_similar(keys.float(), lost, receivers), strict=True
-    ):
+    for half, single in zip(search(keys, lost, receivers), search(keys.float(), lost, receivers), strict=True):
         torch.testing.assert_close(half, single, rtol=0, atol=0)
 
 
@@ -109,7 +116,7 @@ def test_the_cost_grows_with_the_text_and_not_with_its_square(monkeypatch):
     for tokens in (1000, 2000, 4000):
         keys, lost, receivers = drawn([0.5, 0.1], tokens)
         with Products() as products:
-            _most_similar(keys, lost, receivers)
+            search(keys, lost, receivers)
         costs.append(products.count)
         assert products.count < 1.3 * 2 * (0.5 * tokens) * 64 * HEAD_DIM
     assert costs[2] < 2.2 * costs[1] < 5 * costs[0]
