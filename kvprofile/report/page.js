@@ -27,6 +27,22 @@ function startTheme() {
   button.hidden = false;
 }
 
+const drawn = new WeakMap();
+
+/** The elements of a figure's cells, labels and legend, by kind and place; sought once, since a slider asks for them often. */
+function partsOf(holder) {
+  if (!drawn.has(holder)) {
+    const parts = new Map();
+    for (const kind of ["cell", "label", "legend"])
+      for (const element of holder.querySelectorAll(`[data-${kind}] > *`)) {
+        const key = `${kind} ${element.parentElement.dataset[kind]}`;
+        parts.set(key, [...(parts.get(key) ?? []), element]);
+      }
+    drawn.set(holder, parts);
+  }
+  return drawn.get(holder);
+}
+
 /** Colour the maps of one profile after a plan, write its numbers and letters, and count its policies. */
 function paint(data, side, plan) {
   const ink = (colour) => {
@@ -43,7 +59,7 @@ function paint(data, side, plan) {
   for (const [figure, look] of Object.entries(style)) {
     const holder = byId(`figure-${side}-${figure}`);
     if (!holder) continue;
-    const fill = (kind, place, change) => holder.querySelectorAll(`[data-${kind}="${place}"] > *`).forEach(change);
+    const parts = partsOf(holder), fill = (kind, place, change) => parts.get(`${kind} ${place}`)?.forEach(change);
     data.merged.forEach((layer, row) => plan.share[row].forEach((share, head) => {
       const { colour, text } = look(share, plan.policy[row][head]), place = `${layer}-${head}`;
       fill("cell", place, (cell) => { cell.style.fill = colour; });
