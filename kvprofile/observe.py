@@ -62,6 +62,8 @@ class _WatchedLayer(CacheLayerMixin):
         if self.context is None or self.observer.keeps:
             return None
         mask = call.mask.stock() if isinstance(call.mask, MaskRecipe) else call.mask
+        if mask is not None:
+            mask = mask.to(call.query.device)  # it is built where the model's input lies
         keys, values = self.context
         around = Surroundings(
             keys[0], values[0], None if mask is None else mask[0, 0], call.scaling, call.softcap, call.sinks

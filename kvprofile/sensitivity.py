@@ -90,7 +90,7 @@ def read_probe(
             keys, values = contexts.pop(layer)
             context = Tokens(keys, values, mass, windows, 0, tokens, queries)
             slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
-            watch_probe(layer, Reading(context, call, slopes, probe.kind.to(slopes.device)))
+            watch_probe(layer, Reading(context, call, slopes, probe.kind.to(slopes.device, non_blocking=True)))
 
 
 def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> tuple[list[tuple[Tensor, ...]], float]:

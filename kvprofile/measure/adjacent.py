@@ -26,8 +26,9 @@ class AdjacentSimilarity:
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Add one sample's layer: `keys` and `values` are `(kv_heads, tokens, dim)`."""
-        self.keys[layer] += _histogram(adjacent_cosine(keys))
-        self.values[layer] += _histogram(adjacent_cosine(values))
+        counts = torch.stack([_histogram(adjacent_cosine(part)) for part in (keys, values)]).cpu().numpy()
+        self.keys[layer] += counts[0]
+        self.values[layer] += counts[1]
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         """The arrays that hold all that was seen, by name: what is kept on disk."""
@@ -43,9 +44,10 @@ class AdjacentSimilarity:
         return {"key_histogram": self.keys.astype(np.int32), "value_histogram": self.values.astype(np.int32)}
 
 
-def _histogram(cosine: Tensor) -> NDArray[np.int64]:
+def _histogram(cosine: Tensor) -> Tensor:
     """Counts `(kv_heads, BINS)` of `cosine` `(kv_heads, links)`; bin i covers [-1 + i/256, -1 + (i + 1)/256)."""
-    heads = cosine.shape[0]
     index = ((cosine + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
-    index += torch.arange(heads, device=cosine.device)[:, None] * BINS
-    return torch.bincount(index.reshape(-1), minlength=heads * BINS).view(heads, BINS).cpu().numpy()
+    # Not by bincount, which asks the device for the highest index.
+    return torch.zeros(len(index), BINS, dtype=torch.long, device=index.device).scatter_add_(
+        1, index, torch.ones_like(index)
+    )

@@ -4,6 +4,7 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,7 +37,8 @@ class CompressionRatios:
         the text and keep a slot each.
         """
         total = keys.shape[1] + apart
-        ratio = (np.stack([count_sets(keys, protected, rule) for rule in self.rules]) + apart) / total
+        counts = torch.stack([count_sets(keys, protected, rule) for rule in self.rules])
+        ratio = (counts.cpu().numpy() + apart) / total
         self.of_kind(kind).update(layer, np.concatenate([ratio, ratio.mean(axis=1, keepdims=True)], axis=1))
 
     def of_kind(self, kind: str) -> Moments:
@@ -72,23 +74,48 @@ class CompressionRatios:
         return arrays
 
 
-def count_sets(keys: Tensor, protected: Tensor, rule: str) -> NDArray[np.int64]:
-    """Number of sets at every threshold: `keys` `(kv_heads, tokens, head_dim)` -> `(kv_heads, thresholds)`."""
-    thresholds = torch.as_tensor(THRESHOLDS, dtype=torch.float32, device=keys.device)
+def count_sets(keys: Tensor, protected: Tensor, rule: str) -> Tensor:
+    """Number of sets at every threshold: `keys` `(kv_heads, tokens, head_dim)` -> `(kv_heads, thresholds)` int64."""
+    # Sent along with the work: nothing waits for it.
+    thresholds = torch.as_tensor(THRESHOLDS, dtype=torch.float32).to(keys.device, non_blocking=True)
     if rule == "chain":
         links = adjacent_cosine(keys).masked_fill(~mergeable_links(protected), -torch.inf).sort(-1).values
         below = torch.searchsorted(links, thresholds.expand(len(links), -1).contiguous())
-        return (keys.shape[1] - (links.shape[1] - below)).cpu().numpy()
+        return keys.shape[1] - (links.shape[1] - below)
     # Along the band the running minimum falls, so one sorted search finds how far every token reaches at every threshold.
     lowest = banded_cosine(keys, protected).cummin(-1).values
     heads, tokens = lowest.shape[:2]
     reach = torch.searchsorted(-lowest, (-thresholds).expand(heads, tokens, -1).contiguous(), right=True)
-    oldest = oldest_members(rule, reach.transpose(1, 2))
-    # sets(t), the sets among tokens 0..t when t closes one, is 1 + sets(oldest(t) - 1). Filled from the oldest token on,
-    # all heads and thresholds at a time: cheaper than following every threshold's chain from the end.
-    following = oldest.permute(2, 0, 1).flatten(1).cpu().numpy()
-    sets = np.zeros((tokens + 1, following.shape[1]), dtype=np.int64)
-    column = np.arange(following.shape[1])
-    for token, row in enumerate(following):
-        sets[token + 1] = sets[row, column] + 1
-    return sets[-1].reshape(heads, -1)
+    return _count(oldest_members(rule, reach.transpose(1, 2)))
+
+
+def _count(oldest: Tensor) -> Tensor:
+    """Number of sets where token t closes a set that begins at `oldest[..., t]`: `(..., tokens)` -> `(...)`.
+
+    The newest token closes the first set, the token before its oldest member the next, and so on. Within blocks of tokens,
+    all blocks at once, every token learns where it leaves its block and how many sets it closes on the way; then the blocks
+    are passed one after the other: twice the root of as many steps as there are tokens.
+    """
+    tokens = oldest.shape[-1]
+    if not tokens:
+        return oldest.sum(-1)
+    size = max(1, round(tokens**0.5))
+    room = -tokens % size
+    following = F.pad(oldest - 1, (0, room)).unflatten(-1, (-1, size)).movedim((-1, -2), (0, 1)).contiguous()
+    blocks = following.shape[1]
+    first = (torch.arange(blocks, device=oldest.device) * size).view(-1, *(1,) * (following.dim() - 2))
+    left, closed = torch.empty_like(following), torch.zeros_like(following)
+    for place in range(size):
+        to = following[place]
+        inside = to >= first
+        within = (to - first).clamp_(0, max(0, place - 1))[None]
+        left[place] = torch.where(inside, left.gather(0, within)[0], to) if place else to
+        closed[place] = torch.where(inside, closed.gather(0, within)[0], 0) + 1 if place else 1
+    at = torch.full_like(following[0, 0], tokens - 1)
+    total = torch.zeros_like(at)
+    for block in range(blocks - 1, -1, -1):
+        here = at >= block * size
+        within = (at - block * size).clamp_(0, size - 1)[None]
+        total += torch.where(here, closed[:, block].gather(0, within)[0], 0)
+        at = torch.where(here, left[:, block].gather(0, within)[0], at)
+    return total

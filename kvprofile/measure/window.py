@@ -33,11 +33,13 @@ class WindowAttention:
         older = attention[..., : attention.shape[-1] - attention.shape[-2]]
         entropy = -(older * older.clamp_min(_TINY).log()).sum()
         variance = older.var(dim=2).sum()
-        self.moments.update(layer, np.array([float(entropy), float(variance)]))
+        self.moments.update(layer, torch.stack([entropy, variance]).cpu().double().numpy())
         scores = pooled(older.sum(dim=(1, 2))[None])[0]
         place = (scores.clamp_min(_TINY).log2() - _LOWEST) * (BINS / (_HIGHEST - _LOWEST))
         index = place.long().clamp_(0, BINS - 1).reshape(-1)
-        self.histogram[layer] += torch.bincount(index, minlength=BINS).cpu().numpy()
+        # Not by bincount, which asks the device for the highest index.
+        counts = torch.zeros(BINS, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
+        self.histogram[layer] += counts.cpu().numpy()
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         """The arrays that hold all that was seen, by name: what is kept on disk."""

@@ -32,8 +32,8 @@ BOTH = pytest.mark.parametrize("dtype", ROUNDING, ids=["bfloat16", "float16"])
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-def loaded(name: str, dtype: torch.dtype) -> LoadedModel:
-    model = build(name, **ARCHITECTURES[name]).requires_grad_(False).to(dtype)
+def loaded(name: str, dtype: torch.dtype, **changes: int) -> LoadedModel:
+    model = build(name, **ARCHITECTURES[name], **changes).requires_grad_(False).to(dtype)
     return LoadedModel(model, tiny_tokenizer(), name, "made in memory", None)
 
 
