@@ -3,7 +3,7 @@
     python benchmarks/large_profiles.py [--shapes 32x32 80x8] [--repeats 3]
 
 The profiles are real ones of random models with so many layers and KV heads, each head of eight dimensions, calibrated on two
-samples of 512 tokens. Every command runs as a process of its own; the table has the fastest run, on the clock and in CPU time.
+samples of 256 tokens. Every command runs as a process of its own; the table has the fastest run, on the clock and in CPU time.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 DIM = 8
-TOKENS = 512
+TOKENS = 256
 COMMANDS = {
     "plan": ("plan", "{profile}", "--budget", "0.25", "-o", "{folder}/quarter.json", "--force"),
     "show": ("show", "{profile}"),
@@ -31,6 +31,7 @@ def make(layers: int, kv_heads: int, path: Path) -> None:
 
     import kvprofile
     from kvprofile.models import LoadedModel
+    from kvprofile.probes import ProbeMix
     from kvprofile.samples import Sample, SampleSet
 
     torch.manual_seed(0)
@@ -45,11 +46,12 @@ def make(layers: int, kv_heads: int, path: Path) -> None:
         pad_token_id=None,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    drawn = torch.randint(0, 512, (3, TOKENS + 256))
+    drawn = torch.randint(0, 512, (3, TOKENS + 32))
     samples = [Sample(text[:TOKENS], text[TOKENS:], "random", "random") for text in drawn]
     blocks = SampleSet(samples[:2], samples[2:], "random tokens", "0" * 64)
     loaded = LoadedModel(model, None, f"{layers}x{kv_heads}", "made in memory", None)
-    profile, arrays = kvprofile.calibrate(loaded, blocks, budget=0.5, warn=lambda _message: None)
+    mix = ProbeMix(passages=4, passage_tokens=8, continuation_tokens=16)
+    profile, arrays = kvprofile.calibrate(loaded, blocks, budget=0.5, mix=mix, warn=lambda _message: None)
     kvprofile.save_profile(profile, arrays, path)
 
 

@@ -54,15 +54,18 @@ def run(folder: Path, dtype: str, arguments: argparse.Namespace) -> dict[str, An
     documents = kvprofile.load_documents("builtin")
     size = {"samples": arguments.samples, "held_out": arguments.held_out, "tokens": arguments.tokens}
     blocks = kvprofile.make_samples(documents, loaded.tokenizer, continuation=256, **size)
+    from kvprofile.tracking import Track
+
     stages: dict[str, dict[str, float]] = {}
 
-    def track(items: Sequence[Any], label: str) -> Iterable[Any]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield from items
-        stages[label] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    class Timed(Track):
+        def __call__(self, items: Sequence[Any], label: str) -> Iterable[Any]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            yield from items
+            stages[label] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
     loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    kvprofile.calibrate(loaded, blocks, budget=0.5, track=track, warn=lambda _message: None)
+    kvprofile.calibrate(loaded, blocks, budget=0.5, track=Timed(), warn=lambda _message: None)
     return {"stages": stages, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "loading": loading}
 
 
