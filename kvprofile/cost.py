@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvprofile.evaluate.fidelity import PASSAGE_TOKENS, PASSAGES
 from kvprofile.measure.damage import BUDGETS
+from kvprofile.measure.probed import PART_BYTES
 from kvprofile.merging.nearest import WINDOW
 from kvprofile.merging.policies import POLICIES
 from kvprofile.sensitivity import DRAWS
@@ -34,7 +35,6 @@ READINGS = 3  # of every held-out sample: full cache, plan, uniform plan
 GRADIENT_TABLES = 5  # float32 tables of the probe's log-probabilities alive at once
 CHECK_TABLES = 3  # the same in the check: the full cache's, the plan's, and what they are made from
 PARTS = 4  # tensors as large as the probe's attention weights alive at once while damage is measured
-PART_BYTES = 256 * 2**20  # at most of each: the KV heads are taken in parts
 CONTINUATION = 256  # tokens that are read after a held-out context, besides the passages
 
 
