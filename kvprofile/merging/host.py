@@ -31,8 +31,11 @@ def selector(indices: list[int]) -> slice | list[int]:
     return slice(indices[0], indices[-1] + 1, steps.pop() if steps else 1)
 
 
+def indexer(chosen: slice | list[int], device: torch.device) -> slice | Tensor:
+    """What to index a tensor of the device with, to get what a `selector` chooses."""
+    return chosen if isinstance(chosen, slice) else sent(chosen, device)
+
+
 def select(tensor: Tensor, chosen: slice | list[int], dim: int) -> Tensor:
     """What a `selector` chooses of a dimension."""
-    if isinstance(chosen, slice):
-        return tensor[(slice(None),) * dim + (chosen,)]
-    return tensor.index_select(dim, sent(chosen, tensor.device))
+    return tensor[(slice(None),) * dim + (indexer(chosen, tensor.device),)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvprofile.merging.counts import slots_of
+from kvprofile.merging.host import indexer
 from kvprofile.merging.merge import merge_layer
 from kvprofile.merging.scores import attention_mass, mass_stride, pooled, window_mass
 from kvprofile.merging.slots import Slots
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from kvprofile.runtime.layer import MergedLayer
 
 # Rows of a batch: all of them without a copy, or some.
-Places = slice | list[int]
+Places = slice | list[int]  # as `selector` gives them
 # What the readers of a layer asked in one forward, with the attention the tail received where it is known.
 Calls = list[tuple[AttentionCall, Tensor | None]]
 
@@ -68,17 +69,18 @@ def _estimated(
     for row, places in layer.alike():
         first = layer.tail - layer.own(row)
         queries = min(call.query.shape[2], layer.own(row))
+        here = indexer(places, mass.device)
         if row.merged and tail_mass is not None:
-            mass[places, :, first:] = tail_mass[places, :, first:]
+            mass[here, :, first:] = tail_mass[here, :, first:]
         elif queries:
-            query, key = call.query[places, :, -queries:], layer.keys[places, :, first : layer.tail]
-            mass[places, :, first:] = attention_mass(
+            query, key = call.query[here, :, -queries:], layer.keys[here, :, first : layer.tail]
+            mass[here, :, first:] = attention_mass(
                 query, key, call.scaling, stride=mass_stride(queries), softcap=call.softcap, sinks=call.sinks
             )
             # Once slots exist the tail's own mass comes from the newest queries anyway.
             for size in layer.setting.windows if _aged(layer, row) else ():
                 received = windows.setdefault(size, torch.zeros_like(mass))
-                received[places, :, first:] += window_mass(
+                received[here, :, first:] += window_mass(
                     query, key, call.scaling, window=size, softcap=call.softcap, sinks=call.sinks
                 )
     return mass
@@ -139,13 +141,13 @@ def _into_slots(
 ) -> Slots:
     """Merge the `aged` oldest tokens of the rows at `places`, which stand alike."""
     own, seen = layer.own(row), layer.seen - row.padding
-    part = slice(layer.tail - own, layer.tail)
-    mass = None if layer.mass is None else layer.mass[places, :, part]
+    part, here = slice(layer.tail - own, layer.tail), indexer(places, layer.keys.device)
+    mass = None if layer.mass is None else layer.mass[here, :, part]
     newest = {
-        size: windows[size][places, :, part] if mass is None or not row.merged else pooled(mass)
+        size: windows[size][here, :, part] if mass is None or not row.merged else pooled(mass)
         for size in layer.setting.windows
     }
-    tokens = Tokens(layer.keys[places, :, part], layer.values[places, :, part], mass, newest, seen - own, seen)
+    tokens = Tokens(layer.keys[here, :, part], layer.values[here, :, part], mass, newest, seen - own, seen)
     if layer.setting.queries and not row.merged:
         tokens = replace(tokens, queries=_newest_queries(layer, row, places, calls))
     count = None
@@ -165,12 +167,13 @@ def _into_slots(
 
 def _newest_queries(layer: "MergedLayer", row: Row, places: Places, calls: Calls) -> Queries:
     """The newest queries of rows without slots; where layers share their keys, all readers' as one group."""
+    here = indexer(places, layer.keys.device)
     asked = min(layer.setting.queries, layer.own(row), calls[0][0].query.shape[2])
     found = [
         newest_queries(
-            call.query[places],
-            layer.keys[places],
-            layer.values[places],
+            call.query[here],
+            layer.keys[here],
+            layer.values[here],
             call.scaling,
             count=asked,
             softcap=call.softcap,

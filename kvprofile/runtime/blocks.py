@@ -30,14 +30,21 @@ class Blocks:
 
     keys `(blocks, size, head_dim)`, values `(blocks, size, value_dim)`, bias `(blocks, size)` float32: what is added to a
     slot's logits, `MASKED` where there is none. What lies in unused room has no meaning but is finite. owner `(blocks,)`:
-    every block's head.
+    every block's head. held `(heads,)` int32: the lengths; ends `(heads + 1,)` int32: slots that the blocks before a head have
+    room for, and at last all. Both lie with the blocks, where every step reads them.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
     owner: Tensor
+    held: Tensor
+    ends: Tensor
     lengths: list[int]
+
+    def tensors(self) -> list[Tensor]:
+        """All that is stored."""
+        return [self.keys, self.values, self.bias, self.owner, self.held, self.ends]
 
     @property
     def size(self) -> int:
@@ -55,8 +62,8 @@ def empty_blocks(like: Slots, heads: int, size: int) -> Blocks:
     def no(part: Tensor) -> Tensor:
         return part.new_empty(0, size, *part.shape[1:])
 
-    owner = torch.zeros(0, dtype=torch.long, device=like.keys.device)
-    return Blocks(no(like.keys), no(like.values), no(like.bias), owner, [0] * heads)
+    owner, held, ends = _sent(torch.zeros(heads, dtype=torch.long), size, like.keys.device)
+    return Blocks(no(like.keys), no(like.values), no(like.bias), owner, held, ends, [0] * heads)
 
 
 def append(old: Blocks, new: Slots, heads: list[int]) -> Blocks:
@@ -65,11 +72,12 @@ def append(old: Blocks, new: Slots, heads: list[int]) -> Blocks:
     after = before.index_add(0, owners, added)
     counts = _counts(after, old.size)
     first = _first(counts)
-    stay = torch.arange(len(old.keys)) + (first - _first(old.counts()))[old.owner.cpu()]
+    earlier = old.counts()
+    stay = torch.arange(len(old.keys)) + (first - _first(earlier)).repeat_interleave(earlier)
     come = (first * old.size + before)[owners] - _first(added)
     place = torch.arange(int(added.sum())) + come.repeat_interleave(added)
     total = int(counts.sum())
-    stay, place = stay.to(old.keys.device), place.to(old.keys.device)
+    stay, place = (index.to(old.keys.device, non_blocking=True) for index in (stay, place))
 
     def grown(stored: Tensor, coming: Tensor, fill: float) -> Tensor:
         blocks = stored.new_full((total, *stored.shape[1:]), fill)
@@ -81,7 +89,7 @@ def append(old: Blocks, new: Slots, heads: list[int]) -> Blocks:
         grown(old.keys, new.keys, 0.0),
         grown(old.values, new.values, 0.0),
         grown(old.bias, new.bias, MASKED),
-        _owner(counts).to(old.keys.device),
+        *_sent(after, old.size, old.keys.device),
         after.tolist(),
     )
 
@@ -92,19 +100,24 @@ def select_rows(blocks: Blocks, rows: list[int], kv_heads: int) -> Blocks:
     counts = blocks.counts()
     taken = counts[heads]
     begin = _first(counts)[heads] - _first(taken)
-    index = (torch.arange(int(taken.sum())) + begin.repeat_interleave(taken)).to(blocks.keys.device)
+    index = torch.arange(int(taken.sum())) + begin.repeat_interleave(taken)
+    index = index.to(blocks.keys.device, non_blocking=True)
     lengths = [blocks.lengths[head] for head in heads]
-    owner = _owner(taken).to(blocks.keys.device)
-    return Blocks(blocks.keys[index], blocks.values[index], blocks.bias[index], owner, lengths)
+    facts = _sent(torch.tensor(lengths), blocks.size, blocks.keys.device)
+    return Blocks(blocks.keys[index], blocks.values[index], blocks.bias[index], *facts, lengths)
 
 
 def _counts(lengths: Tensor, size: int) -> Tensor:
     return (lengths + size - 1) // size
 
 
-def _owner(counts: Tensor) -> Tensor:
-    """The head of every block."""
-    return torch.arange(len(counts)).repeat_interleave(counts)
+def _sent(lengths: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`owner`, `held` and `ends` of heads of such lengths on the device; the host does not wait for the copies."""
+    counts = _counts(lengths, size)
+    owner = torch.arange(len(counts)).repeat_interleave(counts).to(device, non_blocking=True)
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0) * size])
+    held, ends = torch.cat([lengths, ends]).int().to(device, non_blocking=True).split([len(lengths), len(ends)])
+    return owner, held, ends
 
 
 def _first(counts: Tensor) -> Tensor:

@@ -67,6 +67,12 @@ class MergedCache(Cache):
             self.longest = None
             warnings.warn(message, ContextLengthWarning, stacklevel=2)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams. The merged layers ask the device once for all of them."""
+        rows = beam_idx.cpu()
+        for layer in self.layers:
+            layer.reorder_cache(rows if isinstance(layer, MergedLayer) else beam_idx)
+
     def adopt(self, recorded: "MergedCache") -> None:
         """Hold the text that `recorded` has read, compressed as this cache's settings say, without reading it again.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprofile.errors import KVProfileError
+from kvprofile.merging.host import selector, sent
 from kvprofile.runtime.aging import Places, Row, settle
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.attention import MARK, AttentionCall
@@ -132,7 +133,7 @@ class MergedLayer(CacheLayerMixin):
         if not any(unused):
             return None
         columns = torch.arange(self.tail, device=self.keys.device)
-        return columns < torch.tensor(unused, device=self.keys.device)[:, None]
+        return columns < sent(unused, self.keys.device)[:, None]
 
     def attend(self, _call: AttentionCall) -> None:
         """Merged layers attend by `ragged_attention`, the others in the stock way."""
@@ -157,7 +158,7 @@ class MergedLayer(CacheLayerMixin):
         places: dict[Row, list[int]] = {}
         for place, row in enumerate(self.rows):
             places.setdefault(row, []).append(place)
-        return list(places.items())
+        return [(row, selector(found)) for row, found in places.items()]
 
     def _settle(self) -> None:
         """Let the newest forward count: its tokens stay."""
@@ -180,7 +181,7 @@ class MergedLayer(CacheLayerMixin):
         """Every tensor the layer holds, side tensors included."""
         parts = [self.keys, self.values, self.mass]
         if self.slots is not None:
-            parts += [self.slots.keys, self.slots.values, self.slots.bias, self.slots.owner]
+            parts += self.slots.tensors()
         for call, tail_mass in self.calls:
             parts += [call.query, call.key, call.value, tail_mass]
         return [part for part in parts if part is not None]
@@ -207,13 +208,14 @@ class MergedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self._settle()
-        kv_heads = self.keys.shape[1]
+        kv_heads, chosen = self.keys.shape[1], indices.tolist()
+        indices = indices.to(self.keys.device, non_blocking=True)
         self.keys, self.values = self.keys[indices], self.values[indices]
         if self.mass is not None:
             self.mass = self.mass[indices]
         if self.slots is not None:
-            self.slots = select_rows(self.slots, indices.tolist(), kv_heads)
-        self.rows = [self.rows[place] for place in indices.tolist()]
+            self.slots = select_rows(self.slots, chosen, kv_heads)
+        self.rows = [self.rows[place] for place in chosen]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times."""

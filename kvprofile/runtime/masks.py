@@ -5,6 +5,7 @@ heads. Our caches answer `get_mask_sizes` with a `LogicalLength`, and the mask f
 then keeps the recipe instead of a tensor. Any other cache gets the stock mask at once.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,25 +25,28 @@ class MaskRecipe:
     def __init__(self, implementation: str, arguments: dict[str, Any]) -> None:
         self._implementation = implementation
         self._arguments = arguments
-        self._stock: torch.Tensor | None = None
-        self._built = False
-        self._padding: list[int] | None = None
+        # None: where transformers builds the mask. The rest is shared by the recipes of all devices.
+        self._device: torch.device | None = None
+        self._masks: dict[torch.device | None, torch.Tensor | None] = {}
+        self._paddings: list[list[int]] = []
 
     def stock(self) -> torch.Tensor | None:
-        """The mask the stock attention of this implementation would get."""
-        if not self._built:
-            self._stock = ALL_MASK_ATTENTION_FUNCTIONS[self._implementation](**self._arguments)
-            self._built = True
-        return self._stock
+        """The mask the stock attention of this implementation would get: built once, and copied once to every device."""
+        if None not in self._masks:
+            self._masks[None] = ALL_MASK_ATTENTION_FUNCTIONS[self._implementation](**self._arguments)
+        if self._device not in self._masks:
+            built = self._masks[None]
+            self._masks[self._device] = None if built is None else built.to(self._device)
+        return self._masks[self._device]
 
     def padding(self) -> list[int]:
         """Tokens of padding before the text of every batch row.
 
         Raises KVProfileError where the mask is anything but causal attention to texts padded on the left.
         """
-        if self._padding is None:
-            self._padding = self._left_padding()
-        return self._padding
+        if not self._paddings:
+            self._paddings.append(self._left_padding())
+        return self._paddings[0]
 
     def _left_padding(self) -> list[int]:
         arguments = self._arguments
@@ -59,17 +63,23 @@ class MaskRecipe:
                 f"attention_mask covers {mask.shape[-1]} tokens, but with these the cache has seen {seen}; pass the mask of "
                 "the whole text, or start with a new merger.cache() if this is another text"
             )
-        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        # One question to the device for both: is any token hidden after the text has begun, and how many are before it.
+        ends = (mask[:, 1:] < mask[:, :-1]).any()[None]
+        found: list[int] = torch.cat([ends, (~mask).sum(-1)]).tolist()
+        if found[0]:
             raise KVProfileError(
                 "attention_mask hides tokens after the text has begun, and a merged cache takes padding on the left only; "
                 "set tokenizer.padding_side = 'left', or run the prompts one by one"
             )
-        padding: list[int] = (~mask).sum(-1).tolist()
-        return padding
+        return found[1:]
 
-    def to(self, *_args: Any, **_kwargs: Any) -> "MaskRecipe":
-        """Stay as it is: accelerate moves every argument of a layer with `.to`."""
-        return self
+    def to(self, device: Any = None, *_args: Any, **_options: Any) -> "MaskRecipe":
+        """The same mask for a layer on another device: accelerate moves every argument of a layer with `.to`."""
+        if device is None or isinstance(device, torch.dtype):
+            return self
+        moved = copy.copy(self)
+        moved._device = torch.device(device)
+        return moved
 
 
 def mask_function(implementation: str) -> Callable[..., "MaskRecipe | torch.Tensor | None"]:

@@ -57,22 +57,20 @@ def varlen_attention(
     batch, heads, queries, head_dim = call.query.shape
     kv_heads, tail = call.key.shape[1], call.key.shape[2]
     rows, group = batch * kv_heads, heads // kv_heads
-    device = call.key.device
     query = call.query.reshape(rows, group, queries, head_dim)
     marks = query.new_zeros(*query.shape[:-1], EXTRA)
     marks[..., :2] = 1 / call.scaling
-    lengths = torch.tensor(blocks.lengths, device=device)
     merged, merged_sum = packed_attention(
         torch.cat([query, marks], dim=-1).flatten(0, 2),
         blocks,
-        torch.arange(rows + 1, device=device, dtype=torch.int32) * (group * queries),
-        F.pad((blocks.counts().to(device) * blocks.size).cumsum(0), (1, 0)).int(),
-        lengths.int(),
+        torch.arange(0, rows * group * queries + 1, group * queries, device=call.key.device, dtype=torch.int32),
+        blocks.ends,
+        blocks.held,
         scaling=call.scaling,
     )
     merged = merged[:, :head_dim].float().view(rows, group, queries, head_dim)
     # The kernel's log-sum-exp of nothing is +inf.
-    merged_sum = torch.where(lengths[:, None, None] > 0, merged_sum.view(rows, group, queries), MASKED)
+    merged_sum = torch.where(blocks.held[:, None, None] > 0, merged_sum.view(rows, group, queries), MASKED)
     tail_keys, tail_values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
     outputs, masses = [], []
     piece = max(1, LOGITS // (batch * heads * tail))
