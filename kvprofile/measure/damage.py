@@ -105,7 +105,8 @@ def _merge(probe: Probed, policy: Policy) -> Tensor:
     tokens = part.keys.shape[2] + recent
     above, below = probe.recent(part.keys.shape[2])
     errors = []
-    for counts in _together([max(1, round(budget * tokens) - recent) for budget in BUDGETS], part):
+    least = policy.least(policy.protection.first + heavy)
+    for counts in _together([max(least, round(budget * tokens) - recent) for budget in BUDGETS], part):
         count = torch.tensor(counts)[:, None].expand(-1, probe.kv_heads)
         slots = merge_tokens(_copies(part, len(counts)), policy, epsilon=None, count=count, heavy=heavy)
         for row in _rows(slots, probe.kv_heads):

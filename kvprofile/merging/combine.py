@@ -164,11 +164,13 @@ def combine_owned(
     combination: Combination,
     *,
     lengths: list[int] | None = None,
+    heaviest: Tensor | None = None,
 ) -> Slots:
     """Merge tokens into the survivors they were given to.
 
     `owner` `(batch, kv_heads, tokens)` names the token of the same head whose slot a token joins: itself if it survives, -1 if
-    it is dropped. A survivor is the pivot of its set. The rest is as in `combine`.
+    it is dropped. A survivor is the pivot of its set, or, with `heaviest` `(batch, kv_heads, tokens)`, the member that has most
+    of it. The rest is as in `combine`.
     """
     places = torch.arange(owner.numel(), device=owner.device)
     tokens = owner.shape[-1]
@@ -178,7 +180,10 @@ def combine_owned(
     flat = owner.reshape(-1)
     of_owner = slot[(flat + places // tokens * tokens).clamp_min(0)]
     group = torch.where(flat < 0, sum(lengths), of_owner)
-    return _merged(keys, values, mass, _Sets(group, places_of(survives, sum(lengths)), lengths), combination)
+    pivot = places_of(survives, sum(lengths))
+    if heaviest is not None:
+        pivot = _pivots(group, len(pivot) + 1, heaviest.reshape(-1))[:-1]
+    return _merged(keys, values, mass, _Sets(group, pivot, lengths), combination)
 
 
 class _Sets(NamedTuple):

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from kvprofile.merging.combine import Combination, combine
+from kvprofile.merging.combine import Combination, combine, combine_owned
 from kvprofile.merging.host import places_of
 from kvprofile.merging.losses import Losses
 from kvprofile.merging.nearest import nearest
 from kvprofile.merging.residual import residual
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.spread import spread
+from kvprofile.merging.strain import owners
 from kvprofile.merging.tokens import mean_attention
 
 Join = Callable[[Losses, Combination], Slots]
@@ -28,7 +29,11 @@ def neighbours(losses: Losses, combination: Combination) -> Slots:
     """Lost tokens join the set of the token before them; the heaviest of a set is its pivot."""
     tokens = losses.tokens
     received = mean_attention(tokens) if combination.by_attention else tokens.mass if combination.has_pivot else None
-    return combine(tokens.keys, tokens.values, ~losses.lost, received, combination, lengths=losses.lengths)
+    keys, values, lengths = tokens.keys, tokens.values, losses.lengths
+    if losses.strained:
+        owner = owners(losses.lost, losses.protected)
+        return combine_owned(keys, values, owner, received, combination, lengths=lengths, heaviest=received)
+    return combine(keys, values, ~losses.lost, received, combination, lengths=lengths)
 
 
 # The names a policy and a profile can use. Sets of neighbours differ in how they are found (`sets.RULES`).

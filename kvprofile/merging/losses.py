@@ -13,7 +13,8 @@ class Losses:
     """The tokens of a layer, of which some lose their slots.
 
     affinity, lost, protected: `(batch, kv_heads, tokens)`, float, bool, bool; a protected token is never lost. lengths: how
-    many tokens every head keeps, `batch * kv_heads` numbers. first: protected tokens at the beginning.
+    many tokens every head keeps, `batch * kv_heads` numbers. first: protected tokens at the beginning. strained: sets of
+    neighbours may reach across protected tokens, or lose even their last slot.
     """
 
     tokens: Tokens
@@ -22,6 +23,7 @@ class Losses:
     protected: Tensor
     lengths: list[int]
     first: int
+    strained: bool
 
 
 def most_affine(affinity: Tensor, allowed: Tensor, losses: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.regression import regress
 from kvprofile.merging.sets import RULES, find_sets, mergeable_links
 from kvprofile.merging.slots import Slots
+from kvprofile.merging.strain import give_up_more, may_strain
 from kvprofile.merging.tokens import Tokens
 
 
@@ -22,9 +23,10 @@ def merge_tokens(
     """Turn the tokens of one layer into slots under a policy.
 
     `epsilon` `(kv_heads,)`: tokens at least this affine give up their slots, and slots emerge. `count`
-    `(batch, kv_heads)`: every head ends with exactly that many slots, as far as protected tokens allow. Anchor and
-    complete sets are found at `epsilon` first and then, with `count`, joined or split at their most and least similar
-    neighbours; all other policies take one of the two. `heavy` tokens are protected for their mass.
+    `(batch, kv_heads)`: every head ends with exactly that many slots, as far as protected tokens allow; where those leave
+    fewer slots than there are pieces between them, see `strain`. Anchor and complete sets are found at `epsilon` first and
+    then, with `count`, joined or split at their most and least similar neighbours; all other policies take one of the two.
+    `heavy` tokens are protected for their mass.
     """
     protected = protected_tokens(policy.protection, tokens, heavy)
     affinity = policy.rank(tokens)
@@ -41,15 +43,18 @@ def merge_tokens(
         lost = (affinity >= epsilon.to(affinity.device, affinity.dtype, non_blocking=True)[None, :, None]) & allowed
     first = min(affinity.shape[-1], max(0, policy.protection.first - tokens.position))
     losses = None if count is None else affinity.shape[-1] - count
+    strained = count is not None and policy.rule in RULES and may_strain(count, heavy + 1, first + heavy)
     if losses is not None:
-        lost = most_affine(affinity, allowed, losses.to(affinity.device, non_blocking=True))
+        asked = losses.to(affinity.device, non_blocking=True)
+        lost = most_affine(affinity, allowed, asked)
+        if strained:
+            lost = give_up_more(tokens, lost, protected, asked)
     if losses is None or heavy:
         lengths = (~lost).sum(-1).reshape(-1).tolist()
     else:
-        # Known without asking the device: of neighbours the oldest unprotected one has none to join.
-        most = max(0, affinity.shape[-1] - first - (policy.rule in RULES))
-        lengths = (affinity.shape[-1] - losses.clamp(0, most)).reshape(-1).tolist()
-    given = Losses(replace(tokens, seed=policy.seed), affinity, lost, protected, lengths, first)
+        # Known without asking the device.
+        lengths = (affinity.shape[-1] - losses.clamp(0, affinity.shape[-1] - first)).reshape(-1).tolist()
+    given = Losses(replace(tokens, seed=policy.seed), affinity, lost, protected, lengths, first, strained)
     slots = JOINS[policy.rule](given, policy.combination)
     return regress(tokens, slots) if policy.regression else slots
 

@@ -73,6 +73,10 @@ class Policy:
         """How many of the newest queries have to be at hand when the prompt is compressed."""
         return max(AFFINITIES[self.affinity].queries, WINDOW if self.regression else 0)
 
+    def least(self, protected: int) -> int:
+        """The fewest slots that hold a text with so many protected tokens: neighbours need one to merge into."""
+        return protected + (self.rule in RULES)
+
     def rank(self, tokens: Tokens) -> Tensor:
         """How readily every token gives up its slot: `(batch, kv_heads, tokens)`."""
         return AFFINITIES[self.affinity](replace(tokens, seed=self.seed))

@@ -150,19 +150,29 @@ def _into_slots(
     tokens = Tokens(layer.keys[here, :, part], layer.values[here, :, part], mass, newest, seen - own, seen)
     if layer.setting.queries and not row.merged:
         tokens = replace(tokens, queries=_newest_queries(layer, row, places, calls))
-    count = None
-    if layer.setting.exact:
-        kv_heads = layer.keys.shape[1]
-        lengths = [0] * (len(layer.rows) * kv_heads) if layer.slots is None else layer.slots.lengths
-        stored = torch.tensor(lengths).view(-1, kv_heads)[places]
-        count = slots_of(layer.setting.share, seen) - stored - _recent(layer, row)
     return merge_layer(
         tokens.oldest(aged),
         layer.setting.policies,
         epsilon=layer.setting.epsilon,
-        count=count,
+        count=_room(layer, row, places, heavy) if layer.setting.exact else None,
         heavy=tuple(now - before for now, before in zip(heavy, row.heavy, strict=True)),
     )
+
+
+def _room(layer: "MergedLayer", row: Row, places: Places, heavy: tuple[int, ...]) -> Tensor:
+    """Slots that the plan leaves for what is merged now, beside those stored and the recent tokens: `(rows, kv_heads)`."""
+    setting, seen, recent, kv_heads = layer.setting, layer.seen - row.padding, _recent(layer, row), layer.keys.shape[1]
+    lengths = [0] * (len(layer.rows) * kv_heads) if layer.slots is None else layer.slots.lengths
+    held = torch.tensor(lengths).view(-1, kv_heads)[places] + recent
+    wanted = slots_of(setting.share, seen).expand_as(held).clone()
+    for (policy, heads), mass in zip(setting.policies, heavy, strict=True):
+        # Before any share has room for it there is the least slot; later a slot may be opened where a part of one is left.
+        least = policy.least(0)
+        opened = torch.minimum(held + least, (setting.share * seen).long() + least)
+        opened.clamp_(min=policy.least(policy.protection.first + recent + mass))
+        index = list(heads)
+        wanted[:, index] = torch.maximum(wanted, opened)[:, index]
+    return wanted - held
 
 
 def _newest_queries(layer: "MergedLayer", row: Row, places: Places, calls: Calls) -> Queries:

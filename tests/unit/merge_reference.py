@@ -125,7 +125,15 @@ class ReferenceLayer:
             asked = [weights[index] for weights in calls]
             looked = sum(received[len(received) - looking :].sum(0) for received in asked)
             newest = pooled(np.array(one.mass) if self.merges else looked)
-            count = slots - len(one.slots) - recent if self.exact else None
+            count = None
+            if self.exact:
+                held = len(one.slots) + recent
+                if one.policy["rule"] != "drop":
+                    p = one.policy["protection"]
+                    protected = p["first"] + recent + math.ceil(p["heavy_share"] * self.seen)
+                    opened = min(held, math.floor(Fraction(str(one.share)) * self.seen)) + 1
+                    slots = max(slots, opened, protected + 1)  # noqa: PLW2901
+                count = slots - held
             merge_head(one, tail - recent, self.seen, newest, count)
         self.merges += 1
 
@@ -172,20 +180,29 @@ def merge_head(one: ReferenceHead, aged: int, seen: int, newest: Array, count: i
         lost = {token for token in candidates if affinity(token) >= one.epsilon}
         order = sorted(candidates, key=lambda token: -affinity(token))
     if count is not None:
+        open_ = [token for token in range(aged) if token not in protected]
+        if policy["rule"] != "drop":
+            # Pieces between protected tokens that have to be one set after all, the most alike first.
+            cut = [(a, b) for a, b in itertools.pairwise(open_) if a + 1 != b]
+            order += [b for _, b in sorted(cut, key=lambda pair: -cosine(*pair))]
         lost = set(order[: max(0, aged - count)])
+        if aged - count > len(order):
+            lost = set(open_)
 
     if policy["rule"] == "drop":
         one.slots += [(keys[token], values[token], 0.0) for token in range(aged) if token not in lost]
     else:
-        sets: list[list[int]] = []
+        sets: dict[int, list[int]] = {}
+        opened = None
         for token in range(aged):
-            if token in lost:
-                sets[-1].append(token)
-            else:
-                sets.append([token])
+            if token not in lost:
+                sets[token] = [token]
+                opened = opened if token in protected else token
+            elif opened is not None:
+                sets[opened].append(token)
         rule = policy["combination"]
         received = per_query if "attention" in (rule["weights"], rule["bias"]) else mass
-        one.slots += [combined(members, keys, values, received, rule) for members in sets]
+        one.slots += [combined(members, keys, values, received, rule) for members in sets.values()]
     one.tail, one.mass = one.tail[aged:], one.mass[aged:]
 
 

@@ -66,17 +66,6 @@ def clear_of(values, fraction):
     return gaps[int(fraction * len(gaps))]
 
 
-def forced_slots(protected, *, drops):
-    """Fewest slots that protected tokens leave possible: theirs, and one for every run of other tokens if those merge."""
-    slots, open_run = 0, False
-    for token in protected:
-        if token:
-            slots, open_run = slots + 1, False
-        elif not drops and not open_run:
-            slots, open_run = slots + 1, True
-    return slots
-
-
 def pivot_of(members, mass):
     """The heaviest member, the newest of equals; without mass the newest."""
     best = members[0]
@@ -208,7 +197,22 @@ def lost_tokens(policy, head, protected, *, epsilon=None, count=None):
         last, following = order[losses - 1], order[losses]
         if (last in first) == (following in first):
             margin = min(margin, affinity[last] - affinity[following])
-    return set(order[:losses]), margin
+    if apart or losses <= len(order):
+        return set(order[:losses]), margin
+    return over_protected(head, protected, order, losses, margin)
+
+
+def over_protected(head, protected, order, losses, margin):
+    """What more is lost where the sets between protected tokens are too many: joined over them, or dropped one and all."""
+    open_ = [t for t, marked in enumerate(protected) if not marked]
+    links = {t: cosine(head.keys[before], head.keys[t]) for before, t in pairwise(open_) if before != t - 1}
+    joined = sorted(links, key=lambda t: -links[t])
+    more = losses - len(order)
+    if more > len(joined):
+        return set(open_), margin
+    if more < len(joined):
+        margin = min(margin, links[joined[more - 1]] - links[joined[more]])
+    return {*order, *joined[:more]}, margin
 
 
 def merge_head(policy, head, lost, protected):
@@ -239,13 +243,14 @@ def _joined(policy, head, lost, protected):
             else field.residual_sets(affinities(policy.affinity, head, policy.seed), lost, protected)
         )
         return [merge_set(keys, values, sets[t], received, policy.combination, pivot=t) for t in sets], margin
-    sets = []
+    sets, opened = {}, None
     for token in tokens:
-        if token in lost:
-            sets[-1].append(token)
-        else:
-            sets.append([token])
-    return [merge_set(keys, values, members, received, policy.combination) for members in sets], math.inf
+        if token not in lost:
+            sets[token] = [token]
+            opened = opened if protected[token] else token
+        elif opened is not None:
+            sets[opened].append(token)
+    return [merge_set(keys, values, members, received, policy.combination) for members in sets.values()], math.inf
 
 
 def attention_weights(query, key, scaling, softcap=None):

@@ -210,12 +210,13 @@ sentence, before it generates anything. Both `attn_implementation="sdpa"` and `"
 
 ## What is stored, at every step
 
-After `seen` tokens a head whose share is `s` stores at most `s * seen` slots, rounded, plus the slack: {chunk} tokens
-that wait in the tail to be merged together (up to {longest} where a share is below 1/{chunk}), and the protected
-tokens (by default the first 4 and the newest 32) where they are more than the share. This holds in exact mode, while
-a prompt is read in pieces and while the text grows; in threshold mode slots emerge from the thresholds. Until {chunk}
-tokens are older than the newest protected ones nothing is merged: with the default protection prompts below 64 tokens
-are left alone.
+After `seen` tokens a head whose share is `s` stores at most `s * seen` slots, or as many as there are protected tokens
+(by default the first 4 and the newest 32) where those are more, plus the slack: {chunk} tokens that wait in the tail to
+be merged together (up to {longest} where a share is below 1/{chunk}), and 2 for rounding. Every test that merges checks
+this after every forward, for every row and head (`tests/unit/budgets.py`). It holds in exact mode under every policy,
+while a prompt is read in pieces and while the text grows; [policies.md](policies.md#how-the-number-of-slots-is-met)
+says how. In threshold mode slots emerge from the thresholds. Until {chunk} tokens are older than the newest protected
+ones nothing is merged: with the default protection prompts below 64 tokens are left alone.
 
 `cache.slots()` counts slots of each row's own tokens. `cache.nbytes()` counts all that is allocated, so in a padded
 batch also the columns of the tail that the shorter rows leave unused. With assisted decoding a prompt is merged when

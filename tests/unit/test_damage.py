@@ -14,6 +14,7 @@ from kvprofile.measure.damage import BUDGETS, DamageCurves, damage
 from kvprofile.measure.probed import Reading
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
+from kvprofile.merging.sets import RULES
 from kvprofile.observe import observing
 from kvprofile.probes import Probe, ProbeMix, make_probe
 from kvprofile.sensitivity import DRAWS, _gradients, read_probe
@@ -67,7 +68,9 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
     tokens = context.keys.shape[2]
     recent = policy.protection.recent_tokens(tokens)
     kv_heads, group = call.key.shape[1], call.query.shape[1] // call.key.shape[1]
-    count = torch.full((1, kv_heads), max(floor, round(budget * tokens) - recent))
+    # As in the runtime: the 4 first tokens, and one slot more where neighbours merge.
+    least = 5 if POLICIES[name].rule in RULES else floor
+    count = torch.full((1, kv_heads), max(least, round(budget * tokens) - recent))
     heavy = policy.protection.heavy_tokens(tokens)
     slots = merge_tokens(context.oldest(tokens - recent), policy, count=count, heavy=heavy)
     pieces = list(zip(*(part.split(slots.lengths) for part in (slots.keys, slots.values, slots.bias)), strict=True))

@@ -17,7 +17,7 @@ from kvprofile.merging.protect import Protection, protected_tokens
 from kvprofile.merging.sets import RULES
 from kvprofile.merging.tokens import Tokens
 from tests.unit.builders import random_tokens
-from tests.unit.reference import PROPERTY, affinities, clear_of, cosines, forced_slots, head_of, lost_tokens, merge_head
+from tests.unit.reference import PROPERTY, affinities, clear_of, cosines, head_of, lost_tokens, merge_head
 
 NAMES = list(POLICIES)
 DROPS = ["h2o", "value-attention", "snapkv", "snapkv-128", "streaming"]
@@ -173,7 +173,7 @@ def test_slots_for_a_threshold_are_the_loops(case):
 def test_every_head_ends_with_the_slots_asked_for(case, data):
     policy, tokens, heavy, fraction = case
     batch, kv_heads, number = tokens.keys.shape[:3]
-    forced = [forced_slots(marks, drops=policy.rule not in RULES) for marks in _protected(policy, tokens, heavy)]
+    forced = [sum(map(bool, marks)) for marks in _protected(policy, tokens, heavy)]
     asked = [data.draw(st.integers(low, number)) for low in forced]
     epsilon = torch.full((kv_heads,), fraction * 2 - 1)
     slots = merge_tokens(tokens, policy, epsilon=epsilon, count=torch.tensor(asked).view(batch, kv_heads), heavy=heavy)

@@ -189,3 +189,10 @@ def test_every_query_counts_once_however_the_text_arrives(policy):
         read(model, cache, text, cuts)
         # Two query heads share a KV head, and the attention of each of the 48 queries sums to one.
         assert float(cache.layers[0].mass.sum()) == pytest.approx(2 * 2 * 48, rel=0.01), cuts
+
+
+@pytest.mark.parametrize(("policy", "share"), [("kvmerger", 0.3), ("kvmerger", 0.2), ("gauss", 0.05)])
+def test_sets_joined_over_protected_tokens_equal_the_reference(policy, share):
+    model = tiny_model()
+    plan = profile_values(model, [head(policy, epsilon=0.05, share=share)] * 2)
+    check_against_reference(model, plan, tiny_text(PROMPT + DECODED), [PROMPT])
