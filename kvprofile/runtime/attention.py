@@ -74,6 +74,14 @@ class AttentionCall:
         """Logits `(heads,)` that join the softmax and stand for no token, where the model has them (GPT-OSS)."""
         return self.options.get("s_aux")
 
+    def check_gradients(self) -> None:
+        """Raise KVProfileError where a gradient is asked for that would miss what the cache holds."""
+        if torch.is_grad_enabled() and (self.query.requires_grad or self.key.requires_grad or self.value.requires_grad):
+            raise KVProfileError(
+                "a merged cache is for inference and passes no gradient; run the model under torch.no_grad(), or train without "
+                "the cache"
+            )
+
     def check_supported(self) -> None:
         """Raise KVProfileError where merging would silently give wrong numbers."""
         if not isinstance(self.mask, MaskRecipe):

@@ -36,6 +36,8 @@ class MergedCache(Cache):
             ]
         )
         self.merged = [layer for layer in self.layers if isinstance(layer, MergedLayer)]
+        # The ids `generate` passed last and the position of the first, where they are known to be what the rows hold.
+        self.text: tuple[int, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -67,11 +69,61 @@ class MergedCache(Cache):
             self.longest = None
             warnings.warn(message, ContextLengthWarning, stacklevel=2)
 
+    @property
+    def merges(self) -> bool:
+        """True if any head of any layer is to be merged."""
+        return not all(layer.setting.keeps_all for layer in self.merged)
+
+    def follow(self, ids: Tensor | None, mask: Tensor | None, *, begins: bool) -> None:
+        """Take note of the token ids `(batch, tokens)` of a step of `generate`; None: they are not known.
+
+        `mask` is its 2D attention mask, which covers the text from the beginning. Only where a generation `begins` are the ids
+        compared, once, with those seen before. Raises KVProfileError if they are another text's.
+        """
+        if ids is None:
+            self.text = None
+            return
+        end = mask.shape[-1] if mask is not None and mask.ndim == 2 else ids.shape[-1]
+        start, seen = end - ids.shape[-1], self.get_seq_length()
+        if begins and self.text is not None and end > seen:
+            first, known = self.text
+            low, high = max(start, first), min(seen, first + known.shape[-1])
+            old, new = known[:, low - first : high - first], ids[:, low - start : high - start]
+            if low < high and len(old) == len(new) and not torch.equal(old, new.to(old.device)):
+                raise KVProfileError(
+                    f"the {end} tokens passed do not begin with the {seen} this cache has seen, so they are no next turn; "
+                    "start another text with a new merger.cache()"
+                )
+        self.text = start, ids
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens; see `MergedLayer.crop`."""
+        super().crop(tokens_to_remove)
+        if self.text is not None:
+            start, ids = self.text
+            self.text = start, ids[:, : max(0, self.get_seq_length() - start)]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams. The merged layers ask the device once for all of them."""
+        self.text = None
         rows = beam_idx.cpu()
         for layer in self.layers:
             layer.reorder_cache(rows if isinstance(layer, MergedLayer) else beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`, in that order."""
+        self.text = None
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        self.text = None
+        super().batch_repeat_interleave(repeats)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.text = None
+        super().reset()
 
     def adopt(self, recorded: "MergedCache") -> None:
         """Hold the text that `recorded` has read, compressed as this cache's settings say, without reading it again.

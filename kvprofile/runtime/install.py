@@ -1,6 +1,8 @@
 """Switches a model to our attention and back."""
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
@@ -9,9 +11,8 @@ from kvprofile.errors import KVProfileError
 from kvprofile.runtime.attention import attention_function
 from kvprofile.runtime.masks import mask_function
 from kvprofile.runtime.support import find_readers
+from kvprofile.runtime.watch import IMPLEMENTATIONS, refuse_compiled, unwatch, watch
 
-# transformers treats names that contain "flash", "sdpa" or "flex_attention" specially; ours contain none of them.
-IMPLEMENTATIONS = {"sdpa": "kvprofile", "eager": "kvprofile_plain"}
 _INSTALLED = "_kvprofile_installed"
 
 Readers = dict[int, list[torch.nn.Module]]
@@ -22,6 +23,7 @@ class _Installed:
     """What an attached model needs to become itself again."""
 
     times: int
+    model: "weakref.ref[PreTrainedModel]"
     own: list[tuple[PretrainedConfig, str]]
     readers: Readers
 
@@ -33,6 +35,10 @@ def install(model: PreTrainedModel) -> Readers:
     full-attention layer, the modules that attend to its keys. Raises KVProfileError where the model cannot be followed.
     """
     installed: _Installed | None = model.__dict__.get(_INSTALLED)
+    if installed is not None and installed.model() is not model:
+        # A copy of an attached model: what was installed is the original's.
+        _give_back(model, installed)
+        installed = None
     if installed is not None:
         installed.times += 1
         return installed.readers
@@ -43,7 +49,8 @@ def install(model: PreTrainedModel) -> Readers:
     except BaseException:
         _switch_back(own)
         raise
-    model.__dict__[_INSTALLED] = _Installed(1, own, readers)
+    model.__dict__[_INSTALLED] = _Installed(1, weakref.ref(model), own, readers)
+    watch(model)
     return readers
 
 
@@ -52,17 +59,30 @@ def restore(model: PreTrainedModel) -> None:
     installed: _Installed = model.__dict__[_INSTALLED]
     installed.times -= 1
     if not installed.times:
-        _switch_back(installed.own)
-        del model.__dict__[_INSTALLED]
+        _give_back(model, installed)
 
 
-def refuse_compiled(model: PreTrainedModel) -> None:
-    """Raise KVProfileError if the model is compiled, in any of the ways torch offers."""
-    wrapped = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    if wrapped or hasattr(model.forward, "_torchdynamo_orig_callable"):
+def _give_back(model: PreTrainedModel, installed: _Installed) -> None:
+    unwatch(model)
+    _switch_back(installed.own)
+    del model.__dict__[_INSTALLED]
+
+
+def check_kind(model: Any) -> None:
+    """Raise KVProfileError unless this is a transformers model with attention heads, whose cache holds keys and values."""
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if config is None:
+        raise KVProfileError(f"attach takes a transformers model, not {kind}; load one with kvprofile.load_model(name)")
+    if not hasattr(config.get_text_config(decoder=True), "num_attention_heads"):
         raise KVProfileError(
-            "the model is compiled, and a merged cache changes its shapes as it merges; attach to and generate with the model "
-            "as it was before torch.compile"
+            f"{kind} has no attention heads (a state-space or recurrent model), so there are no keys and values to merge; "
+            "use it as it is"
+        )
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise KVProfileError(
+            f"{kind} puts learned keys before every text (prompt or prefix tuning), which a merged cache cannot hold; attach "
+            "to a model without it, or merge other adapters into the weights"
         )
 
 

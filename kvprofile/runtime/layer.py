@@ -73,6 +73,11 @@ class MergedLayer(CacheLayerMixin):
                 f"the cache holds {len(self.rows)} batch rows and was given {len(key_states)}; use one merger.cache() for each "
                 "generation"
             )
+        if (key_states.dtype, key_states.device) != (self.keys.dtype, self.keys.device):
+            raise KVProfileError(
+                f"the cache holds keys of {self.keys.dtype} on {self.keys.device} and was given {key_states.dtype} on "
+                f"{key_states.device}; after a model was moved or cast start with a new merger.cache()"
+            )
         self._settle()
         added = key_states.shape[2]
         # A tensor made in inference mode cannot be written to outside of it.
@@ -111,6 +116,7 @@ class MergedLayer(CacheLayerMixin):
                 f"layer {self.index} was attended to more often in a forward than when the model was attached; a merged cache "
                 "cannot follow that, use the stock cache"
             )
+        call.check_gradients()
         if self.setting.keeps_all:
             return
         call.check_supported()

@@ -10,8 +10,9 @@ from kvprofile.fingerprint import check_fit, model_facts
 from kvprofile.profile import Profile
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.cache import MergedCache
-from kvprofile.runtime.install import install, refuse_compiled, restore
+from kvprofile.runtime.install import check_kind, install, restore
 from kvprofile.runtime.settings import Settings
+from kvprofile.runtime.watch import refuse_compiled
 from kvprofile.storage import load_profile, profile_of
 
 
@@ -49,6 +50,7 @@ class KVMerger:
         """
         if self.model is not None:
             raise KVProfileError("this merger is attached already; detach it first, or make another from the profile")
+        check_kind(model)
         check_fit(self.settings.model_name, self.settings.facts, model_facts(model.config))
         self.attachment = Attachment(install(model))
         self.model = model

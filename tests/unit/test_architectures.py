@@ -200,13 +200,18 @@ sentence, before it generates anything. Both `attn_implementation="sdpa"` and `"
 | batches, prompts of different lengths | yes, padded on the left (`padding_side="left"`) with the `attention_mask` |
 | chunked prefill (`prefill_chunk_size`) | yes |
 | several turns on one cache | yes: pass the whole conversation and the same cache |
-| prompt lookup, assisted decoding | yes: tokens of a forward are merged once it is known which of them stay |
+| prompt lookup, assisted decoding | yes: rejected tokens leave no trace; below a budget of 1 see under the table |
 | padding on the right or in the middle, 4D masks | refused, except where nothing is merged |
 | `cache_implementation=` static, offloaded or quantized | refused by transformers beside a merged cache: pass one of the two |
 | a compiled model (`model.compile()`, a compiled `forward`) | refused: generate with the model itself |
 | continuous batching (`generate_batch`) | refused by transformers while a merger is attached: `merger.detach()` first |
 | offloading the cache, pickling it | refused; `copy.deepcopy` works |
-| training | refused: `model.eval()` |
+| `use_cache=False`, `output_attentions=True` beside the cache | refused |
+| training, or gradients through the cache | refused: `model.eval()` and `torch.no_grad()` |
+
+With drafted tokens a forward is merged once it is known which of its tokens stay. What is merged together then depends
+on how many tokens each forward kept: the text is that of the same tokens read in the same pieces, which a test shows,
+and below a budget of 1 it may differ from plain decoding's.
 
 ## What is stored, at every step
 
@@ -222,9 +227,10 @@ ones nothing is merged: with the default protection prompts below 64 tokens are 
 batch also the columns of the tail that the shorter rows leave unused. With assisted decoding a prompt is merged when
 its first forward has been checked, so that its full keys and values are alive until then.
 
-A cache knows how many tokens it has seen, not which. Start every new text with a new `merger.cache()`: a cache that
-is used again by mistake is refused where the number of rows, the padding or the length does not fit what it has seen,
-but a text that could be the next turn is taken for it, as by every transformers cache.
+Start every new text with a new `merger.cache()`. A cache that is used again by mistake is refused where the number of
+rows, the padding or the length does not fit what it has seen, and by `generate` also where the ids passed do not begin
+with those it was given before. A forward of your own (`model(ids, past_key_values=cache)`) shows the new tokens only, and
+what could be the next piece is taken for it, as by every transformers cache.
 """
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def _reused(length: int, padding: int = 0) -> Callable[[PreTrainedModel, MergedC
     [
         (_reused(60), "no new tokens: the cache has seen 139 tokens"),
         (_reused(139, padding=3), "attention_mask covers 139 tokens, but with these the cache has seen 278"),
-        (_reused(150, padding=3), "attention_mask now shows 3 tokens of padding in row 0, and 0 before"),
+        (_reused(150, padding=3), "the 150 tokens passed do not begin with the 139 this cache has seen"),
         (
             lambda model, cache: model(tiny_text(20, batch=2), past_key_values=cache),
             "the cache holds 1 batch rows and was given 2",
