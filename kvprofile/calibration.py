@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kvprofile.assemble import make_profile
 from kvprofile.context_length import beyond_context, longest_text
+from kvprofile.device_memory import explaining_memory
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
 from kvprofile.hidden_states import count_layers, counting_layers, watching_hidden
@@ -193,7 +195,8 @@ def measure(
     curves = [(name, POLICIES[name]) for name in candidates]
     statistics = empty_statistics(facts_of(loaded), tokens, POLICIES[policy], curves, mix, rules=rules)
     for index, sample in enumerate(track(samples, "measure")):
-        _read(loaded, sample, statistics, mix, seed=_seed(seed, index), track=track)
+        with _explaining(loaded, sample):
+            _read(loaded, sample, statistics, mix, seed=_seed(seed, index), track=track)
     return statistics
 
 
@@ -217,9 +220,17 @@ def measure_into(
     todo = [index for index, lacks in zip(wanted, workers.total(missing), strict=True) if lacks]
     for index in track(workers.share(todo), "measure"):
         statistics = run.statistics()
-        _read(loaded, samples[index], statistics, run.mix, seed=_seed(run.calibration.seed, index), track=track)
+        with _explaining(
+            loaded, samples[index], "; finished samples are kept, and --resume with the same flags goes on"
+        ):
+            _read(loaded, samples[index], statistics, run.mix, seed=_seed(run.calibration.seed, index), track=track)
         partial.save(index, statistics)
     workers.meet()
+
+
+def _explaining(loaded: LoadedModel, sample: Sample, kept: str = "") -> AbstractContextManager[None]:
+    doing = f"measuring a sample of {len(sample.context):,} tokens"
+    return explaining_memory(loaded.model, doing, "lower --tokens (fewer --samples do not help)", kept)
 
 
 def _seed(seed: int, index: int) -> int:

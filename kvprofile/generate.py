@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from kvprofile.context_length import beyond_context, longest_text
+from kvprofile.device_memory import explaining_memory
 from kvprofile.errors import KVProfileError
 from kvprofile.models import LoadedModel
 from kvprofile.runtime.cache import allocated_bytes
@@ -64,9 +65,11 @@ def generate(
     merger = None if profile is None else KVMerger.from_profile(profile, mode=mode).attach(model)
     cache = DynamicCache(config=model.config) if merger is None else merger.cache()
     try:
-        output = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=seed is not None
-        )
+        doing = f"generating after a prompt of {length:,} tokens"
+        with explaining_memory(model, doing, "give a shorter prompt or fewer --max-new-tokens"):
+            output = model.generate(
+                **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=seed is not None
+            )
     finally:
         if merger is not None:
             merger.detach()

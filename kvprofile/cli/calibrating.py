@@ -226,7 +226,7 @@ def _profile(request: Request, loaded: "LoadedModel", samples: "SampleSet", work
     if workers.rank > 0:
         return
     log_of(not request.verbose)(
-        f"measured, solved and checked in {profile.created.seconds:.0f} s, peak memory {peak_memory()}"
+        f"measured, solved and checked in {profile.created.seconds:.0f} s, peak memory {peak_memory(loaded)}"
     )
     profile, written = save_profile(profile, arrays, request.output, force=request.force)
     remove_samples(request.partial)

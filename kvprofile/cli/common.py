@@ -49,8 +49,12 @@ def load(model: str, options: dict[str, Any], log: Callable[[str], None], *, ver
     return load_model(model, **options, log=log)
 
 
-def peak_memory() -> str:
-    """The most memory this process has held, for people."""
+def peak_memory(loaded: "LoadedModel") -> str:
+    """The most memory held of each CUDA device the model lies on, or without one by this process, for people."""
+    from kvprofile.device_memory import device_peaks
+
+    if found := device_peaks(loaded.model):
+        return ", ".join(f"{size / 2**30:.1f} GiB on {device}" for device, size in found.items())
     try:
         import resource
     except ImportError:  # there is none on Windows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvprofile.device_memory import explaining_memory
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.answers import answer
 from kvprofile.evaluate.fidelity import distance, make_trial, negative_log_likelihood, read_parts
@@ -81,6 +82,7 @@ def run_fidelity(
             methods,
             store,
             _fidelity_measure(loaded, context, probes),
+            loaded=loaded,
             key=(known, digest(context, [(probe.name, probe.tokens, str(probe.scored)) for probe in probes])),
             bench=FIDELITY,
             unit=f"{index}: {sample.name}",
@@ -156,6 +158,7 @@ def run_task(
             methods,
             store,
             _task_measure(loaded, name, example, reading),
+            loaded=loaded,
             key=(
                 known,
                 digest(reading.context, reading.question, reading.answer),
@@ -209,14 +212,18 @@ def _size(loaded: LoadedModel, filled: Cache, tokens: int) -> Measured:
     return Measured({}, float(np.mean(slots)) / tokens, filled.nbytes())
 
 
-def _rows(methods: Sequence[Method], store: Store, measure: Measure, *, key: Any, **about: Any) -> list[Row]:
+def _rows(
+    methods: Sequence[Method], store: Store, measure: Measure, *, loaded: LoadedModel, key: Any, **about: Any
+) -> list[Row]:
     """A row for the full cache and for every method: finished ones from the store, the others measured and stored."""
     rows = []
     for method in (FULL_METHOD, *methods):
         names = {"key": digest(key, method.what_runs()), "method": method.name, "budget": method.budget, **about}
         row = store.take(names)
         if row is None:
-            found = measure(method)
+            doing = f"reading {about['tokens']:,} tokens with {method.name}"
+            with explaining_memory(loaded.model, doing, "lower --tokens", "; finished rows are kept"):
+                found = measure(method)
             row = Row(**names, slots=found.slots, nbytes=found.nbytes, values=found.values, text=found.text)
             store.add(row)
         rows.append(row)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvprofile.device_memory import explaining_memory
 from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, read_through
 from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.hidden_states import count_layers, counting_layers
@@ -57,7 +58,9 @@ def check_profile(
     for index in track(workers.share(range(len(held_out))), "check"):
         trial = make_trial(held_out[index].context, held_out[index].continuation, seed=seed * 1_000_003 + index)
         parts = Parts(track, count_layers(model) * READS * (1 + len(mergers)))
-        found[:, index] = _measure(model, list(mergers.values()), trial, profile.attention_layers(), parts.tick)
+        doing = f"checking the plan on {len(trial.context):,} tokens"
+        with explaining_memory(model, doing, "lower --tokens (fewer --held-out do not help)"):
+            found[:, index] = _measure(model, list(mergers.values()), trial, profile.attention_layers(), parts.tick)
     results = {
         name: [_Result.of(row) for row in rows] for name, rows in zip(mergers, workers.total(found), strict=True)
     }

@@ -25,6 +25,10 @@ def _gated(*_args, **_kwargs):
     raise http_error(errors.GatedRepoError, 403)
 
 
+def _without_memory(*_args, **_kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 @pytest.fixture
 def world(tiny_folder, tiny_profile, tmp_path, monkeypatch):
     """A folder with all the mistakes of the page in it, no CUDA device, and no network."""
@@ -35,6 +39,7 @@ def world(tiny_folder, tiny_profile, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "old-model")
     (tmp_path / "old-model" / "model.safetensors").rename(tmp_path / "old-model" / "pytorch_model.bin")
     (tmp_path / "notes.txt").write_text("Not much to read here. " * 20)
+    (tmp_path / "long.txt").write_text(" ".join(f"Sentence {number} is the next." for number in range(600)))
     (tmp_path / "latin1.txt").write_bytes("Grüße aus Zürich. ".encode("latin-1") * 20)
     (tmp_path / "table.csv").write_text("title,body\na,b\n")
     profile = load_profile(tiny_profile)
@@ -57,6 +62,8 @@ def test_the_page_says_what_the_command_says(shown, world, monkeypatch):
         assert words.pop(0) == "HF_HUB_OFFLINE=1"
     elif "meta-llama" in shown["command"]:
         monkeypatch.setattr("huggingface_hub.resolve_revision", _gated)
+    elif "long.txt" in words:
+        monkeypatch.setattr("kvprofile.calibration.read_probe", _without_memory)
     assert words.pop(0) == "kvprofile"
     before = sorted(Path().rglob("*"))
     result = run(*words)
