@@ -103,7 +103,7 @@ def test_generate(short_model, short_profile, tiny_text_file, merged, monkeypatc
 
 
 def test_calibrate(short_model, tiny_text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "measure", stop)
+    monkeypatch.setattr(calibration, "measure_into", stop)
     size = ("--tokens", 270, *FEW, *SMALL)
     told = run("calibrate", short_model, "-o", tmp_path / "p.json", "--data", tiny_text_file, *size)
     assert len(warned(told)) == 1
