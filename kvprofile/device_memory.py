@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvprofile.errors import KVProfileError
+from kvprofile.offloading import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,9 @@ def is_memory(error: BaseException) -> bool:
 
 
 def device_peaks(model: "torch.nn.Module") -> dict[str, int]:
-    """The most bytes that tensors took on each CUDA device that holds a part of the model; empty where none does."""
+    """The most bytes that tensors took on each CUDA device that a part of the model runs on; empty where none does."""
     import torch
 
-    devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
-    return {device: torch.cuda.max_memory_allocated(device) for device in sorted(devices)}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} | {input_device(model)}
+    names = sorted(str(device) for device in devices if device.type == "cuda")
+    return {name: torch.cuda.max_memory_allocated(name) for name in names}

@@ -2,12 +2,16 @@
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kvprofile
+from kvprofile.offloading import offloaded_weight
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS_READ = 1024  # elements of each weight that are hashed as they are
 _ROOT = Path(kvprofile.__file__).parent
@@ -66,10 +70,28 @@ def weights_digest(model: Any) -> str:
 
     as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _weights(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta" and tensor.numel():  # accelerate keeps offloaded weights elsewhere
+        if tensor.device.type != "meta" and tensor.numel():
             bits = tensor.detach().contiguous().flatten().view(as_integers[tensor.element_size()])
             digest.update(str(bits.sum(dtype=torch.int64).item()).encode())
             digest.update(bits[:: max(1, len(bits) // WEIGHTS_READ)].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(model: Any) -> "Iterator[tuple[str, torch.Tensor]]":
+    """The tensors of a model by name: also what is offloaded, and what quantised tensors are made of."""
+    import torch
+
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, torch.Tensor):  # modules may keep an extra state of any kind
+            away = offloaded_weight(model, name) if weight.device.type == "meta" else None
+            yield from _parts(name, weight if away is None else away)
+
+
+def _parts(name: str, weight: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for inner in weight.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{inner}", getattr(weight, inner))

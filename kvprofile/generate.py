@@ -11,6 +11,7 @@ from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.device_memory import explaining_memory
 from kvprofile.errors import KVProfileError
 from kvprofile.models import LoadedModel
+from kvprofile.offloading import input_device
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 
@@ -54,7 +55,7 @@ def generate(
     Raises KVProfileError for an empty prompt, MismatchError for a profile of another model.
     """
     model = loaded.model
-    inputs = loaded.tokenizer(prompt, return_tensors="pt", verbose=False).to(model.device)
+    inputs = loaded.tokenizer(prompt, return_tensors="pt", verbose=False).to(input_device(model))
     length = inputs.input_ids.shape[1]
     if not length:
         raise KVProfileError("the prompt is empty; give some text with --prompt or --prompt-file")

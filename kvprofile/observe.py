@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from kvprofile.errors import KVProfileError
+from kvprofile.offloading import input_device
 from kvprofile.probe_attention import Surroundings, probe_attention
 from kvprofile.runtime.attention import MARK, AttentionCall
 from kvprofile.runtime.install import install, restore
@@ -130,7 +131,7 @@ class Observer:
         self.keeps, self.watch = keep, watch
         with torch.enable_grad() if grad else torch.no_grad():
             logits = self.model(
-                tokens[None].to(self.model.device),
+                tokens[None].to(input_device(self.model)),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=0 if grad else 1,

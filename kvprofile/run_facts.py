@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import kvprofile
 from kvprofile.digests import code_digest, weights_digest
 from kvprofile.fingerprint import model_facts
+from kvprofile.offloading import input_device
 
 if TYPE_CHECKING:
     from kvprofile.models import LoadedModel
@@ -26,7 +27,7 @@ def run_facts(loaded: "LoadedModel", samples: "SampleSet", **settings: object) -
         "model": " ".join(part for part in (loaded.source, loaded.revision) if part),
         "configuration": _short(model_facts(loaded.model.config)["config_hash"]),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
+        "device": input_device(loaded.model).type,
         "text": f"{samples.description} ({_short(samples.digest + kinds)})",
         **{name: str(value) for name, value in settings.items()},
         "weights": weights_digest(loaded.model)[:12],

@@ -12,6 +12,7 @@ from kvprofile.measure.damage import DamageCurves
 from kvprofile.measure.statistics import Statistics
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.sets import RULES
+from kvprofile.offloading import input_device
 from kvprofile.probes import ProbeMix
 from kvprofile.profile import Calibration, ModelFacts, PolicyFacts, TextFacts
 from kvprofile.run_facts import run_facts
@@ -123,7 +124,7 @@ def run_of(
             text=samples.description,
             seed=seed,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
-            device=loaded.model.device.type,
+            device=input_device(loaded.model).type,
             digest=samples.digest,
             measured=_text_facts(samples.calibration),
             held_out=_text_facts(samples.held_out),

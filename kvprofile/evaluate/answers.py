@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from kvprofile.evaluate.fidelity import negative_log_likelihood
 from kvprofile.evaluate.prompts import Reading
+from kvprofile.offloading import input_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def answer(
 
 def _read(model: PreTrainedModel, cache: Cache, tokens: Tensor, keep: int) -> Tensor:
     """Logits `(tokens, vocabulary)` in float32, of the last `keep` tokens, or of all with 0."""
-    return model(tokens[None].to(model.device), past_key_values=cache, logits_to_keep=keep).logits[0].float()
+    return model(tokens[None].to(input_device(model)), past_key_values=cache, logits_to_keep=keep).logits[0].float()
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvprofile.offloading import input_device
+
 PASSAGES = 4
 PASSAGE_TOKENS = 48
 
@@ -49,7 +51,7 @@ def make_trial(context: Tensor, continuation: Tensor, seed: int) -> Trial:
 def fill(model: PreTrainedModel, cache: Cache, context: Tensor) -> Cache:
     """Read a context `(tokens,)` into a cache and return it."""
     with torch.inference_mode():
-        model(context[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(context[None].to(input_device(model)), past_key_values=cache, logits_to_keep=1)
     return cache
 
 
@@ -62,7 +64,7 @@ def read_parts(model: PreTrainedModel, filled: Cache, parts: Sequence[Tensor]) -
         rows = []
         for tokens in parts:
             own = copy.deepcopy(filled)
-            logits = model(tokens[None].to(model.device), past_key_values=own).logits[0]
+            logits = model(tokens[None].to(input_device(model)), past_key_values=own).logits[0]
             rows.append(F.log_softmax(logits.float(), dim=-1))
     return rows
 

@@ -15,6 +15,7 @@ from kvprofile.digests import code_digest, weights_digest
 from kvprofile.errors import KVProfileError
 from kvprofile.fingerprint import model_facts
 from kvprofile.models import LoadedModel
+from kvprofile.offloading import input_device
 
 # Code that decides no measurement: what it makes (models, texts, plans, tasks' examples) is hashed itself.
 MAKERS = tuple(
@@ -130,7 +131,7 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
         "weights": weights_digest(model),
         "tokenizer": digest(loaded.tokenizer.chat_template, len(loaded.tokenizer)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": input_device(model).type,
         "code": code_digest("kvprofile.evaluate.bench", but=MAKERS),
         "kvprofile": kvprofile.__version__,
         "torch": torch.__version__,

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.slots import Slots
+from kvprofile.offloading import input_device
 from kvprofile.runtime.attention import MARK, AttentionCall
 from kvprofile.runtime.backends import ragged_attention
 from kvprofile.runtime.blocks import SMALLEST, empty_blocks
@@ -93,7 +94,7 @@ def find_readers(model: PreTrainedModel) -> dict[int, list[torch.nn.Module]]:
     for kind, keywords in zip(types, arguments, strict=True):
         stock = DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords)
         layers.append(_Probe() if type(stock) is DynamicLayer else stock)
-    tokens = torch.arange(1, TOKENS + 1, device=model.device)[None]
+    tokens = torch.arange(1, TOKENS + 1, device=input_device(model))[None]
     model(tokens, past_key_values=Cache(layers=layers), use_cache=True)
     probes = {index: layer for index, layer in enumerate(layers) if isinstance(layer, _Probe)}
     name = type(model).__name__
