@@ -17,6 +17,7 @@ from kvprofile.solve import check_budget
 
 STEPS = 256
 _TINY = 1e-12
+Envelope = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]  # see `lower_envelope`
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ def allocate(
 
     Raises UsageError for a budget outside (0, 1], MismatchError with the reachable range where floors or the cap forbid it.
     """
-    check_budget(budget)
     floor = np.broadcast_to(np.asarray(floor, dtype=float), damage.shape[1])
-    shares, envelope, policy = lower_envelope(budgets, damage, floor, cap)
+    return spend(lower_envelope(budgets, damage, floor, cap), budget)
+
+
+def spend(least: Envelope, budget: float) -> Allocation:
+    """Choose every head's share and policy from what each share costs at least; raises as `allocate` does."""
+    check_budget(budget)
+    shares, envelope, policy = least
     lowest, highest = shares[0], shares[-1]
     if not lowest - 1e-9 <= budget <= highest + 1e-9:
         raise MismatchError(
@@ -86,7 +92,7 @@ def allocate(
 
 def lower_envelope(
     budgets: NDArray[np.float64], damage: NDArray[np.float64], floor: NDArray[np.float64], cap: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+) -> Envelope:
     """Shares `(m,)` on the fine grid, the least damage `(heads, m)` at each, and the policy `(heads, m)` that has it."""
     grid = np.arange(1, STEPS + 1) / STEPS
     shares = np.unique(np.concatenate([[floor.min()], grid[(grid > floor.min()) & (grid < cap)], [cap]]))

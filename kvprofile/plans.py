@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.allocate import allocate
+from kvprofile.allocate import Envelope, lower_envelope, spend
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.profile import (
     MODES,
@@ -20,7 +23,7 @@ from kvprofile.profile import (
     Statistics,
 )
 from kvprofile.rules import PUBLISHED, rule_shares
-from kvprofile.solve import GRANULARITIES, check_budget, solve, thresholds_of
+from kvprofile.solve import GRANULARITIES, check_budget, interpolate, solve, thresholds_of
 
 AUTO = "auto"
 RULES = ("damage", "uniform", "common", *PUBLISHED)
@@ -32,6 +35,188 @@ OBJECTIVES = {
 }
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What every head of the merged layers gets, all `(layers, kv_heads)`: share of the slots, policy, predicted damage.
+
+    bound: no allocation of the budget predicts less damage. `damage` and `bound` are None where they are not known.
+    """
+
+    share: NDArray[np.float64]
+    policy: NDArray[np.str_]
+    damage: NDArray[np.float64] | None
+    bound: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """What a profile's statistics say of any budget; what does not hang on the budget is worked out once.
+
+    `damage` is the arrays' `damage_mean`, `(layers, policies, kv_heads, budgets, kinds)`, needed for the rule `damage` and to
+    choose a policy; `tokens` the length it was measured at. `measured` are all arrays: the published rules go by them.
+
+    Raises UsageError for an argument that cannot be used, MismatchError where nothing can be merged.
+    """
+
+    model: ModelFacts
+    policies: dict[str, PolicyFacts]
+    statistics: Statistics
+    damage: NDArray[np.floating] | None
+    tokens: int
+    policy: str = AUTO
+    rule: str = "damage"
+    measured: Mapping[str, NDArray[np.generic]] | None = None
+    objective: str = "balanced"
+    granularity: str = "head"
+    mode: str = "exact"
+
+    def __post_init__(self) -> None:
+        _known("rule", self.rule, RULES)
+        _known("objective", self.objective, tuple(OBJECTIVES))
+        _known("granularity", self.granularity, GRANULARITIES)
+        _known("mode", self.mode, MODES)
+        _known("policy", self.policy, (AUTO, *self.policies))
+        if self.tokens < 1 or not self.statistics.thresholds:
+            raise MismatchError(
+                f"nothing was measured of {self.model.name}, so nothing can be planned by it; calibrate it first"
+            )
+        if not self.model.full_attention_layers():
+            raise MismatchError(
+                f"{self.model.name} has no full-attention layer, so there is nothing to merge; use its stock cache"
+            )
+
+    def plan(self, budget: float) -> Plan:
+        """The plan for a budget.
+
+        Raises UsageError for a budget or setting that cannot be used, MismatchError with the reachable range where the
+        budget is out of reach.
+        """
+        found = self.decide(budget)
+        share = found.share
+        epsilon = np.where(self._cosine(found.policy), thresholds_of(self._thresholds, self._ratios, share), np.inf)
+        whole = thresholds_of(self._thresholds, self._ratios.mean(axis=1), share.mean(axis=1))
+        return Plan(
+            budget=budget,
+            policy=self.policy,
+            rule=self.rule,  # type: ignore[arg-type]
+            objective=self.objective,  # type: ignore[arg-type]
+            granularity=self.granularity,  # type: ignore[arg-type]
+            mode=self.mode,  # type: ignore[arg-type]
+            predicted_ratio=round(float(share.mean()), 6),
+            predicted_damage=total(found),
+            damage_bound=None if found.bound is None else _four_digits(found.bound),
+            layers=[
+                LayerPlan(
+                    layer=layer,
+                    epsilon=_finite(whole[row]),
+                    share=round(float(share[row].mean()), 6),
+                    heads=[
+                        HeadPlan(
+                            policy=str(found.policy[row, head]),
+                            epsilon=_finite(epsilon[row, head]),
+                            share=round(float(share[row, head]), 6),
+                            damage=None if found.damage is None else _four_digits(found.damage[row, head]),
+                        )
+                        for head in range(self.model.kv_heads)
+                    ],
+                )
+                for row, layer in enumerate(self._merged)
+            ],
+        )
+
+    def decide(self, budget: float) -> Decision:
+        """Every head's share and policy; raises as `plan` does."""
+        check_budget(budget)
+        share, chosen, bound = self._by_damage(budget) if self.rule == "damage" else self._by_rule(budget)
+        if self.mode == "threshold" and not (self._cosine(chosen) | (share >= 1)).all():
+            raise UsageError(
+                "threshold mode needs policies that go by cosine in every head; give for example --policy gauss, or use exact "
+                "mode"
+            )
+        predicted = None if self._cost is None else _predict(self._cost, self.statistics, chosen, share)
+        return Decision(share, chosen, predicted, bound)
+
+    def _by_damage(self, budget: float) -> tuple[NDArray[np.float64], NDArray[np.str_], float]:
+        names, envelope = self._names, self._envelope
+        found = spend(envelope, budget)
+        heads = 1 if self.granularity == "head" else self.model.kv_heads
+        share = np.repeat(found.share, heads).reshape(self._size)
+        return share, np.array(names)[np.repeat(found.policy, heads)].reshape(self._size), found.bound
+
+    def _by_rule(self, budget: float) -> tuple[NDArray[np.float64], NDArray[np.str_], None]:
+        name = self.policy
+        if name == AUTO:
+            name = _best_single(self.statistics, self._cost, budget)
+        share = np.full(self._size, budget)
+        least = self._protected(name)
+        if self.rule in PUBLISHED:
+            layers = rule_shares(self.rule, self.measured or {}, self._merged, budget, floor=least)
+            share = np.repeat(layers[:, None], self.model.kv_heads, axis=1)
+        elif self.policies[name].affinity == "cosine":
+            share = solve(self._thresholds, self._ratios, budget, rule=self.rule, granularity=self.granularity).share
+        elif self.rule == "common":
+            raise UsageError(f"the policy {name} goes by {self.policies[name].affinity}, which has no common threshold")
+        elif budget < least:
+            raise MismatchError(
+                f"budget {budget:g} is out of reach: protected tokens keep at least {least:.3f} of the slots of every head; "
+                f"ask for a budget from {math.ceil(least * 1000) / 1000:.3f} to 1"
+            )
+        return share, np.full(self._size, name), None
+
+    @cached_property
+    def _merged(self) -> list[int]:
+        return self.model.full_attention_layers()
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return len(self._merged), self.model.kv_heads
+
+    @cached_property
+    def _thresholds(self) -> NDArray[np.float64]:
+        return np.array(self.statistics.thresholds)
+
+    @cached_property
+    def _ratios(self) -> NDArray[np.float64]:
+        return np.array([self.statistics.layers[layer].ratio for layer in self._merged])
+
+    @cached_property
+    def _cost(self) -> NDArray[np.float64] | None:
+        if self.damage is None or self.statistics.damage is None:
+            return None
+        return damage_curves(self.damage, self.statistics, self.objective)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The policies among which damage chooses."""
+        if self._cost is None or self.statistics.damage is None:
+            raise UsageError(
+                "no damage was measured, so no budget can be spent by it; give --rule uniform, or calibrate anew"
+            )
+        names = [name for name in self.statistics.damage.policies if self.policy in (AUTO, name)]
+        if not names:
+            raise UsageError(
+                f"damage was measured for {', '.join(self.statistics.damage.policies)}, not for {self.policy}; choose one of "
+                "them or --rule uniform"
+            )
+        return names
+
+    @cached_property
+    def _envelope(self) -> Envelope:
+        names, measured = self._names, self.statistics.damage
+        assert self._cost is not None  # there are names
+        assert measured is not None
+        curves = self._cost[:, [measured.policies.index(name) for name in names]].transpose(0, 2, 1, 3)
+        curves = curves.sum(axis=1) if self.granularity == "layer" else curves.reshape(-1, *curves.shape[2:])
+        floor = np.array([self._protected(name) for name in names])
+        return lower_envelope(np.array(measured.budgets), curves, floor, 1.0)
+
+    def _protected(self, name: str) -> float:
+        return protected_share(self.policies[name].protection, self.tokens)
+
+    def _cosine(self, chosen: NDArray[np.str_]) -> NDArray[np.bool_]:
+        return np.isin(chosen, [name for name, facts in self.policies.items() if facts.affinity == "cosine"])
+
+
 def make_plan(
     model: ModelFacts,
     policies: dict[str, PolicyFacts],
@@ -40,111 +225,43 @@ def make_plan(
     budget: float,
     *,
     tokens: int,
-    policy: str = AUTO,
-    rule: str = "damage",
-    measured: Mapping[str, NDArray[np.generic]] | None = None,
-    objective: str = "balanced",
-    granularity: str = "head",
-    mode: str = "exact",
+    **choices: Any,
 ) -> Plan:
     """Solve for a budget from a profile's statistics; the model itself is not needed.
 
-    `damage` is the arrays' `damage_mean`, `(layers, policies, kv_heads, budgets, kinds)`, needed for the rule `damage` and to
-    choose a policy; `tokens` the length it was measured at. `measured` are all arrays: the published rules go by them.
-
-    Raises UsageError for an argument that cannot be used, MismatchError with the reachable range where the budget is out
-    of reach.
+    The arguments are those of `Solver`; raises as it and its `plan` do.
     """
     check_budget(budget)
-    _known("rule", rule, RULES)
-    _known("objective", objective, tuple(OBJECTIVES))
-    _known("granularity", granularity, GRANULARITIES)
-    _known("mode", mode, MODES)
-    _known("policy", policy, (AUTO, *policies))
-    if tokens < 1 or not statistics.thresholds:
-        raise MismatchError(
-            f"nothing was measured of {model.name}, so nothing can be planned by it; calibrate it first"
-        )
-    merged = model.full_attention_layers()
-    if not merged:
-        raise MismatchError(
-            f"{model.name} has no full-attention layer, so there is nothing to merge; use its stock cache"
-        )
-    size = (len(merged), model.kv_heads)
-    ratios = np.array([statistics.layers[layer].ratio for layer in merged])
-    thresholds = np.array(statistics.thresholds)
-    cost = None if damage is None or statistics.damage is None else damage_curves(damage, statistics, objective)
-    bound = None
-    if rule == "damage":
-        if cost is None or statistics.damage is None:
-            raise UsageError(
-                "no damage was measured, so no budget can be spent by it; give --rule uniform, or calibrate anew"
-            )
-        names = [name for name in statistics.damage.policies if policy in (AUTO, name)]
-        if not names:
-            raise UsageError(
-                f"damage was measured for {', '.join(statistics.damage.policies)}, not for {policy}; choose one of them or "
-                "--rule uniform"
-            )
-        index = [statistics.damage.policies.index(name) for name in names]
-        curves = cost[:, index].transpose(0, 2, 1, 3)
-        curves = curves.sum(axis=1) if granularity == "layer" else curves.reshape(-1, *curves.shape[2:])
-        floor = np.array([protected_share(policies[name].protection, tokens) for name in names])
-        found = allocate(np.array(statistics.damage.budgets), curves, budget, floor=floor)
-        heads = 1 if granularity == "head" else model.kv_heads
-        share = np.repeat(found.share, heads).reshape(size)
-        chosen = np.array(names)[np.repeat(found.policy, heads)].reshape(size)
-        bound = found.bound
-    else:
-        name = policy if policy != AUTO else _best_single(policies, statistics, cost, budget)
-        chosen = np.full(size, name)
-        share = np.full(size, budget)
-        least = protected_share(policies[name].protection, tokens)
-        if rule in PUBLISHED:
-            share = np.repeat(rule_shares(rule, measured or {}, merged, budget, floor=least)[:, None], size[1], axis=1)
-        elif policies[name].affinity == "cosine":
-            share = solve(thresholds, ratios, budget, rule=rule, granularity=granularity).share
-        elif rule == "common":
-            raise UsageError(f"the policy {name} goes by {policies[name].affinity}, which has no common threshold")
-        elif budget < least:
-            raise MismatchError(
-                f"budget {budget:g} is out of reach: protected tokens keep at least {least:.3f} of the slots of every head; "
-                f"ask for a budget from {math.ceil(least * 1000) / 1000:.3f} to 1"
-            )
-    cosine = np.vectorize(lambda name: policies[name].affinity == "cosine")(chosen)
-    if mode == "threshold" and not (cosine | (share >= 1)).all():
-        raise UsageError(
-            "threshold mode needs policies that go by cosine in every head; give for example --policy gauss, or use exact mode"
-        )
-    epsilon = np.where(cosine, thresholds_of(thresholds, ratios, share), np.inf)
-    predicted = None if cost is None or statistics.damage is None else _predict(cost, statistics, chosen, share)
-    return Plan(
-        budget=budget,
-        policy=policy,
-        rule=rule,  # type: ignore[arg-type]
-        objective=objective,  # type: ignore[arg-type]
-        granularity=granularity,  # type: ignore[arg-type]
-        mode=mode,  # type: ignore[arg-type]
-        predicted_ratio=round(float(share.mean()), 6),
-        predicted_damage=None if predicted is None else float(f"{predicted.sum():.4g}"),
-        damage_bound=None if bound is None else float(f"{bound:.4g}"),
-        layers=[
-            LayerPlan(
-                layer=layer,
-                epsilon=_finite(thresholds_of(thresholds, ratios[row].mean(axis=0), share[row].mean()).item()),
-                share=round(float(share[row].mean()), 6),
-                heads=[
-                    HeadPlan(
-                        policy=str(chosen[row, head]),
-                        epsilon=_finite(epsilon[row, head]),
-                        share=round(float(share[row, head]), 6),
-                        damage=None if predicted is None else float(f"{predicted[row, head]:.4g}"),
-                    )
-                    for head in range(model.kv_heads)
-                ],
-            )
-            for row, layer in enumerate(merged)
-        ],
+    return Solver(model, policies, statistics, damage, tokens, **choices).plan(budget)
+
+
+def solver_of(
+    profile: Profile,
+    damage: NDArray[np.floating] | None,
+    *,
+    policy: str | None = None,
+    rule: str | None = None,
+    measured: Mapping[str, NDArray[np.generic]] | None = None,
+    objective: str | None = None,
+    granularity: str | None = None,
+    mode: str | None = None,
+) -> Solver:
+    """The solver for a profile; what is not given is as in its plan. A `policy` may be one it does not hold yet."""
+    policies = profile.policies
+    if policy is not None and policy not in (AUTO, *policies):
+        policies = policies | _by_name(policy)
+    return Solver(
+        profile.model,
+        policies,
+        profile.statistics,
+        damage,
+        tokens=profile.calibration.measured.tokens,
+        policy=policy or profile.plan.policy,
+        rule=rule or profile.plan.rule,
+        measured=measured,
+        objective=objective or profile.plan.objective,
+        granularity=granularity or profile.plan.granularity,
+        mode=mode or profile.plan.mode,
     )
 
 
@@ -162,27 +279,21 @@ def replan(
 ) -> Profile:
     """The same profile with a plan for another budget; what is not given stays as it was.
 
-    `damage` and `measured` are as in `make_plan`. A `policy` may also be one that the profile does not hold yet. The check is
+    `damage` and `measured` are as in `Solver`. A `policy` may also be one that the profile does not hold yet. The check is
     dropped: it was measured for the old plan.
     """
-    policies = profile.policies
-    if policy is not None and policy not in (AUTO, *policies):
-        policies = policies | _by_name(policy)
-    plan = make_plan(
-        profile.model,
-        policies,
-        profile.statistics,
+    check_budget(budget)
+    solver = solver_of(
+        profile,
         damage,
-        budget,
-        tokens=profile.calibration.measured.tokens,
-        policy=policy or profile.plan.policy,
-        rule=rule or profile.plan.rule,
+        policy=policy,
+        rule=rule,
         measured=measured,
-        objective=objective or profile.plan.objective,
-        granularity=granularity or profile.plan.granularity,
-        mode=mode or profile.plan.mode,
+        objective=objective,
+        granularity=granularity,
+        mode=mode,
     )
-    return profile.model_copy(update={"policies": policies, "plan": plan, "check": None})
+    return profile.model_copy(update={"policies": solver.policies, "plan": solver.plan(budget), "check": None})
 
 
 def _by_name(policy: str) -> dict[str, PolicyFacts]:
@@ -225,25 +336,30 @@ def _predict(
     """Damage of every head `(layers, kv_heads)` at its share; None where a policy's damage was not measured."""
     assert statistics.damage is not None  # the caller has curves
     names = statistics.damage.policies
-    if not set(chosen.ravel()) <= set(names):
+    if not set(chosen.ravel().tolist()) <= set(names):
         return None
-    budgets = np.array([*statistics.damage.budgets, 1.0])
-    predicted = np.empty(share.shape)
-    for (row, head), name in np.ndenumerate(chosen):
-        curve = np.append(cost[row, names.index(name), head], 0.0)
-        predicted[row, head] = np.interp(share[row, head], budgets, curve)
-    return predicted
+    index = np.vectorize(names.index, otypes=[np.int64])(chosen)
+    rows, heads = np.indices(chosen.shape)
+    curves = np.concatenate([cost[rows, index, heads], np.zeros((*chosen.shape, 1))], axis=-1)
+    return interpolate(share, np.array([*statistics.damage.budgets, 1.0]), curves)
 
 
-def _best_single(
-    policies: dict[str, PolicyFacts], statistics: Statistics, cost: NDArray[np.float64] | None, budget: float
-) -> str:
+def _best_single(statistics: Statistics, cost: NDArray[np.float64] | None, budget: float) -> str:
     """The policy with the least predicted damage if every head keeps the budget."""
     if cost is None or statistics.damage is None:
         return statistics.policy
     budgets = [*statistics.damage.budgets, 1.0]
     totals = np.append(cost.sum(axis=(0, 2)), np.zeros((cost.shape[1], 1)), axis=1)
     return statistics.damage.policies[int(np.argmin([np.interp(budget, budgets, total) for total in totals]))]
+
+
+def total(decision: Decision) -> float | None:
+    """Predicted damage of all heads, to four digits as a profile has it."""
+    return None if decision.damage is None else _four_digits(decision.damage.sum())
+
+
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def protected_share(protection: ProtectionFacts, tokens: int) -> float:

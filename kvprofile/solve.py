@@ -72,9 +72,8 @@ def solve(
         epsilon = np.broadcast_to(found[:, None], (layers, heads)).copy()
     else:
         epsilon = found.reshape(layers, heads)
-    flat = curves.reshape(layers * heads, -1)
-    share = np.array([_ratio(thresholds, curve, eps) for curve, eps in zip(flat, epsilon.ravel(), strict=True)])
-    return Solution(share.reshape(layers, heads), epsilon)
+    share = np.where(np.isinf(epsilon), 1.0, interpolate(epsilon, thresholds, curves))
+    return Solution(share, epsilon)
 
 
 def thresholds_of(
@@ -90,5 +89,15 @@ def thresholds_of(
     return np.array(found).reshape(shares.shape)
 
 
-def _ratio(thresholds: NDArray[np.float64], curve: NDArray[np.float64], epsilon: float) -> float:
-    return 1.0 if np.isinf(epsilon) else float(np.interp(epsilon, thresholds, curve))
+def interpolate(
+    places: NDArray[np.float64], grid: NDArray[np.float64], curves: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Every curve of `curves` `(..., n)` over `grid` `(n,)` at its own place `(...)`: `np.interp` for many curves at once."""
+    if len(grid) == 1:
+        return curves[..., 0]
+    # In the ends' steps and beyond them, as np.interp does it: the value at the end.
+    inside = np.clip(places, grid[0], grid[-1])
+    before = np.clip(np.searchsorted(grid, inside, side="right") - 1, 0, len(grid) - 2)[..., None]
+    low, high = (np.take_along_axis(curves, before + step, axis=-1)[..., 0] for step in (0, 1))
+    left, right = grid[before[..., 0]], grid[before[..., 0] + 1]
+    return np.where(inside == right, high, (high - low) / (right - left) * (inside - left) + low)

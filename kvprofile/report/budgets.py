@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprofile.errors import MismatchError, UsageError
-from kvprofile.plans import replan
+from kvprofile.plans import solver_of, total
 from kvprofile.profile import Profile
 from kvprofile.storage import load_arrays
 
@@ -36,15 +36,20 @@ def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]] | None) ->
     if arrays is None or profile.statistics.damage is None:
         return []
     damage = arrays["damage_mean"].astype(np.float64)
+    try:
+        planned = solver_of(profile, damage, measured=arrays)
+        even = solver_of(profile, damage, rule="uniform", granularity="head", mode="exact")
+    except (MismatchError, UsageError):  # nothing to merge
+        return []
     rows = []
     for budget in sorted({*GRID, profile.plan.budget}):
         own = budget == profile.plan.budget
         try:
-            plan = profile.plan if own else replan(profile, damage, budget, measured=arrays).plan
-            uniform = replan(profile, damage, budget, rule="uniform", granularity="head", mode="exact").plan
+            cost = profile.plan.predicted_damage if own else total(planned.decide(budget))
+            uniform = total(even.decide(budget))
         except (MismatchError, UsageError):  # below the protected tokens, or in threshold mode without thresholds
             continue
-        rows.append(Cost(budget, plan.predicted_damage, uniform.predicted_damage, merged_bytes(profile, budget)))
+        rows.append(Cost(budget, cost, uniform, merged_bytes(profile, budget)))
     return rows
 
 

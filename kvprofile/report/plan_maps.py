@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -20,6 +19,19 @@ LEFT, TOP, BELOW = 44, 4, 38  # pixels around a map: labels on the left and belo
 BAR = 52  # pixels for a colour bar, its ticks and its label
 LEGEND_ROW = 18
 SCALE = "cividis"  # of the slots' map
+# seaborn's palette "colorblind", written down: to import seaborn takes longer than to draw a map.
+COLOURS = (
+    "#0173b2",
+    "#de8f05",
+    "#029e73",
+    "#d55e00",
+    "#cc78bc",
+    "#ca9161",
+    "#fbafe4",
+    "#949494",
+    "#ece133",
+    "#56b4e9",
+)
 
 
 def slots_map(profile: Profile, width: int) -> Plot:
@@ -95,7 +107,7 @@ def candidates(profile: Profile) -> list[str]:
 
 def policy_colours(count: int) -> list[Colour]:
     """Colours that stay apart for colour-blind eyes; past the tenth they come lighter, then darker, told apart by letters."""
-    base = [to_rgb(colour) for colour in sns.color_palette("colorblind", 10)]
+    base = [to_rgb(colour) for colour in COLOURS]
     lighter = [tuple(0.45 * part + 0.55 for part in colour) for colour in base]
     darker = [tuple(0.55 * part for part in colour) for colour in base]
     cycle = [*base, *lighter, *darker]
@@ -180,7 +192,8 @@ def _cell(axis: Axes, place: tuple[int, ...], shown: tuple[Colour, str] | None, 
     layer, head = place
     colour, text = shown if shown is not None else (to_rgb(FAINT), "")
     fill = FAINT if shown is None else colour
-    square = axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=fill, linewidth=0))
+    # Not add_patch, which makes the axes' limits fit: these are set, and a large map has a thousand squares.
+    square = axis.add_artist(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=fill, linewidth=0))
     square.set_gid(part("cell", f"{layer}-{head}"))
     if text and size >= 6:
         red, green, blue = colour[:3]

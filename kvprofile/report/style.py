@@ -145,9 +145,11 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
 def _paletted(encoded: str) -> str:
     """The same PNG in base64, a byte a pixel where that is shorter and colours are few: matplotlib writes four."""
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA"))
-    colours, index = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
-    if len(colours) > 256:
+    # One number a pixel sorts many times faster than a row of four, and in the same order.
+    packed, index = np.unique(np.ascontiguousarray(pixels).view(">u4").astype(np.uint32), return_inverse=True)
+    if len(packed) > 256:
         return encoded.replace("\n", "")
+    colours = packed.astype(">u4").view(np.uint8).reshape(-1, 4)
     image = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8))
     image.putpalette(colours[:, :3].tobytes())
     stream = io.BytesIO()

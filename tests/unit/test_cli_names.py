@@ -75,3 +75,20 @@ def test_help_loads_nothing_heavy(arguments):
 def test_the_probes_named_in_the_help_are_the_defaults():
     shown = ",".join(f"{field.name}={field.default}" for field in fields(ProbeMix))
     assert shown in str(cli.main.commands["calibrate"].help)
+
+
+@pytest.mark.parametrize(
+    ("command", "spared"),
+    [
+        (("show",), HEAVY - {"safetensors"}),
+        (("plan", "--budget", "0.5", "-o", "planned.json"), HEAVY - {"safetensors"}),
+        (("report",), HEAVY - {"safetensors", "matplotlib"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_profile_is_read_planned_and_drawn_without_what_only_measuring_needs(command, spared, tiny_profile, tmp_path):
+    name, *rest = command
+    words = [name, str(tiny_profile), *(str(tmp_path / word) if word.endswith(".json") else word for word in rest)]
+    words += ["-o", str(tmp_path / "page.html")] if name == "report" else []
+    _, names = _loaded(f"from kvprofile.cli import main; main({words!r})")
+    assert not names & spared

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kvprofile.plans import replan
 from kvprofile.report import similarity, style
 from kvprofile.report.budgets import GRID, costs
 from kvprofile.report.figures import draw, write_figures
@@ -231,3 +232,20 @@ def test_budgets_out_of_reach_are_left_out():
 def test_ramps_run_from_the_first_layer_to_the_last():
     assert len({ramp(place) for place in np.linspace(0, 1, 30)}) == 30
     assert png(draw(make_subject("tiny", *large()), NARROW, ["gauss"])["slots"]).startswith(b"\x89PNG")
+
+
+def test_policies_have_the_colours_of_seaborns_palette_for_colour_blind_eyes():
+    import seaborn
+
+    assert policy_colours(10) == [tuple(colour) for colour in seaborn.color_palette("colorblind", 10)]
+
+
+def test_what_other_budgets_cost_is_what_their_plans_predict():
+    profile, arrays = large(policies=("gauss", "h2o"))
+    rows = costs(profile, arrays)
+    assert len(rows) >= 5
+    for row in rows:
+        own = row.budget == profile.plan.budget
+        plan = profile.plan if own else replan(profile, arrays["damage_mean"], row.budget).plan
+        even = replan(profile, arrays["damage_mean"], row.budget, rule="uniform", granularity="head", mode="exact").plan
+        assert (row.damage, row.uniform) == (plan.predicted_damage, even.predicted_damage)

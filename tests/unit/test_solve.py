@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvprofile.errors import MismatchError, UsageError
-from kvprofile.solve import GRANULARITIES, check_budget, solve, thresholds_of
+from kvprofile.solve import GRANULARITIES, check_budget, interpolate, solve, thresholds_of
 from tests.unit.reference import PROPERTY
 
 MODES = [(rule, granularity) for rule in ("uniform", "common") for granularity in GRANULARITIES]
@@ -182,3 +182,17 @@ def test_thresholds_are_the_curves_read_backwards(problem, data):
 
 def test_a_share_below_the_curve_takes_the_lowest_threshold():
     assert thresholds_of(np.array([-1.0, 1.0]), np.array([0.4, 1.0]), 0.1) == -1
+
+
+def test_many_curves_are_read_as_numpy_reads_one():
+    random = np.random.default_rng(0)
+    grid = np.sort(random.uniform(0, 1, 6))
+    curves = random.normal(size=(7, 3, 6))
+    places = random.uniform(-0.2, 1.2, (7, 3))
+    places[0], places[1] = grid[:3], grid[3:]
+    expected = [
+        [np.interp(*parts) for parts in zip(row, [grid] * 3, several, strict=True)]
+        for row, several in zip(places, curves, strict=True)
+    ]
+    np.testing.assert_allclose(interpolate(places, grid, curves), expected, rtol=1e-14)
+    assert (interpolate(places, grid[:1], curves[..., :1]) == curves[..., 0]).all()
