@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvprofile.calibration import calibrate
+    from kvprofile.generation import generate
     from kvprofile.models import load_model
     from kvprofile.plans import replan
     from kvprofile.profile import Profile
@@ -18,6 +19,7 @@ _HOMES = {
     "KVMerger": "kvprofile.runtime.merger",
     "Profile": "kvprofile.profile",
     "calibrate": "kvprofile.calibration",
+    "generate": "kvprofile.generation",
     "load_arrays": "kvprofile.storage",
     "load_documents": "kvprofile.samples",
     "load_model": "kvprofile.models",
@@ -31,6 +33,7 @@ __all__ = [
     "KVMerger",
     "Profile",
     "calibrate",
+    "generate",
     "load_arrays",
     "load_documents",
     "load_model",

@@ -16,7 +16,7 @@ from kvprofile.profile import HeadPlan, Profile
 if TYPE_CHECKING:
     from kvprofile.doctor import Examination
     from kvprofile.estimate import Estimate
-    from kvprofile.generate import Generation
+    from kvprofile.generation import Generation
     from kvprofile.model_names import Alias
     from kvprofile.report.budgets import Cost
     from kvprofile.selftest import SelfTest

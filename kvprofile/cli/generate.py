@@ -22,6 +22,11 @@ from kvprofile.errors import UsageError
     "--prompt-file", metavar="FILE", type=click.File(encoding="utf-8"), help="Read the prompt from a file, - for stdin."
 )
 @click.option(
+    "--chat/--raw",
+    default=None,
+    help="Put the prompt into the tokenizer's chat template, or read it as it is.  [default: chat where there is one]",
+)
+@click.option(
     "--max-new-tokens",
     metavar="N",
     type=click.IntRange(1),
@@ -40,6 +45,7 @@ def generate(
     profile: Path | None,
     prompt: str | None,
     prompt_file: Any,
+    chat: bool | None,
     max_new_tokens: int,
     mode: str | None,
     sample: bool,
@@ -62,14 +68,16 @@ def generate(
         raise UsageError("give the prompt with exactly one of --prompt and --prompt-file")
     text = prompt if prompt is not None else prompt_file.read()
     from kvprofile import terminal
-    from kvprofile.generate import generate as run
+    from kvprofile.generation import generate as run
 
     loaded = load(model, options, log_of(quiet), verbose=verbose)
     result = run(
-        loaded,
+        loaded.model,
+        loaded.tokenizer,
         text,
         profile=profile,
         max_new_tokens=max_new_tokens,
+        chat=chat,
         mode=mode,
         seed=seed if sample else None,
         warn=warn,

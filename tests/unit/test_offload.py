@@ -12,7 +12,7 @@ from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.bench import run_fidelity
 from kvprofile.evaluate.methods import Method
 from kvprofile.evaluate.rows import Store
-from kvprofile.generate import generate
+from kvprofile.generation import generate
 from kvprofile.models import LoadedModel
 from kvprofile.storage import save_profile
 from tests.unit.test_half_precision import MIX, loaded, samples
@@ -71,7 +71,9 @@ def test_the_whole_way(offload, tmp_path):
     assert profile.check is not None
     save_profile(profile, arrays, tmp_path / "p.json")
     found = [
-        generate(one, "Once upon a time" * 12, profile=tmp_path / "p.json", max_new_tokens=8, warn=print)
+        generate(
+            one.model, one.tokenizer, "Once upon a time" * 12, profile=tmp_path / "p.json", max_new_tokens=8, warn=print
+        )
         for one in (stock, own)
     ]
     assert found[0] == found[1]

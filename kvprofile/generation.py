@@ -1,17 +1,19 @@
 """One generation with a merged cache, and what the cache held at its end."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.device_memory import explaining_memory
-from kvprofile.errors import KVProfileError
-from kvprofile.models import LoadedModel
+from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.offloading import input_device
+from kvprofile.profile import Profile
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 
@@ -39,26 +41,28 @@ class Generation:
 
 
 def generate(
-    loaded: LoadedModel,
-    prompt: str,
+    model: Any,
+    tokenizer: Any,
+    text: str,
     *,
-    profile: str | Path | None,
-    max_new_tokens: int,
+    profile: "str | Path | Profile | dict[str, Any] | None" = None,
+    max_new_tokens: int = 64,
+    chat: bool | None = None,
     mode: str | None = None,
     seed: int | None = None,
-    warn: Callable[[str], None],
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Generation:
-    """Continue a prompt; greedy, or sampling if a seed is given. Without a profile the stock cache is used.
+    """Answer or continue a text, the cache merged as `profile` says; without a profile the stock cache is used.
 
-    `warn` is told, before anything is read, if prompt and answer can be longer than the model was made for.
+    chat: put the text into the tokenizer's chat template as a user's message; None: where the tokenizer has a template. Greedy,
+    or sampling if a seed is given. The model may have an adapter of PEFT around it; it is left as it was. `warn` is told,
+    before anything is read, if prompt and answer can be longer than the model was made for.
 
-    Raises KVProfileError for an empty prompt, MismatchError for a profile of another model.
+    Raises KVProfileError for an empty text, UsageError for a chat without a template, MismatchError for a profile of another
+    model.
     """
-    model = loaded.model
-    inputs = loaded.tokenizer(prompt, return_tensors="pt", verbose=False).to(input_device(model))
-    length = inputs.input_ids.shape[1]
-    if not length:
-        raise KVProfileError("the prompt is empty; give some text with --prompt or --prompt-file")
+    inputs = _inputs(tokenizer, text, chat).to(input_device(model))
+    length = inputs["input_ids"].shape[1]
     if message := beyond_context(longest_text(model.config), length + max_new_tokens, "prompt and answer take up to"):
         warn(message)
     if seed is not None:
@@ -74,7 +78,7 @@ def generate(
     finally:
         if merger is not None:
             merger.detach()
-    text = loaded.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    text = tokenizer.decode(output[0, length:], skip_special_tokens=True)
     seen = cache.get_seq_length()
     # Layers that share another layer's keys, and linear ones, store none.
     stored = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
@@ -83,3 +87,22 @@ def generate(
         return Generation(text, seen, seen, allocated_bytes(cache), seen * token_bytes)
     lengths = [count for index in merger.settings.layers for row in cache.slots()[index] for count in row]
     return Generation(text, seen, sum(lengths) / len(lengths), cache.nbytes(), seen * token_bytes)
+
+
+def _inputs(tokenizer: Any, text: str, chat: bool | None) -> Any:
+    """Token ids and mask `(1, tokens)` of a text, in the chat template or raw."""
+    template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not template:
+        raise UsageError(
+            "a chat was asked for and the tokenizer has no chat template; give the text raw, or take a chat model"
+        )
+    special = chat is False or not template  # a template brings its own
+    if text and not special:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(
+        text, return_tensors="pt", verbose=False, add_special_tokens=special, return_token_type_ids=False
+    )
+    if not inputs["input_ids"].shape[1]:
+        raise KVProfileError("the prompt is empty; give some text with --prompt or --prompt-file")
+    return inputs
