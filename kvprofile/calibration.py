@@ -15,6 +15,7 @@ from kvprofile.context_length import beyond_context, longest_text
 from kvprofile.device_memory import explaining_memory
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
+from kvprofile.gradient_flow import check_gradients
 from kvprofile.hidden_states import count_layers, counting_layers, watching_hidden
 from kvprofile.measure.damage import Reading
 from kvprofile.measure.statistics import Statistics
@@ -69,8 +70,8 @@ def calibrate(
     measures its share, and gets the same profile.
 
     Raises UsageError for a bad budget or policy, or samples without a continuation, MismatchError where the budget is out
-    of reach, KVProfileError where the model's attention cannot be observed, the checkpoint is of another run, or another
-    process has ended.
+    of reach, KVProfileError where the model's attention cannot be observed, no gradient passes through its weights, memory
+    runs out, the checkpoint is of another run, or another process has ended.
     """
     started = time.perf_counter()
     check_budget(budget)
@@ -172,6 +173,8 @@ def _run_of(
     if message := beyond_context(longest_text(loaded.model.config), read, "samples and what is read after them take"):
         warn(message)
     base, candidates = "gauss" if policy == AUTO else policy, candidates_for(policy, rule)
+    if candidates:
+        check_gradients(loaded.model)
     return run_of(loaded, samples, policy=policy, base=base, candidates=candidates, mix=mix, seed=seed)
 
 

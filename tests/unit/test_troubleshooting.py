@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants, errors
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from kvprofile import KVMerger, load_arrays, load_model, load_profile, save_profile
 from kvprofile.errors import KVProfileError
@@ -29,10 +30,17 @@ def _without_memory(*_args, **_kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def _quantised(*args, **kwargs):
+    own = load_model(*args, **kwargs)
+    quantize_(own.model, Int8DynamicActivationInt8WeightConfig())
+    return own
+
+
 @pytest.fixture
 def world(tiny_folder, tiny_profile, tmp_path, monkeypatch):
     """A folder with all the mistakes of the page in it, no CUDA device, and no network."""
     shutil.copytree(tiny_folder, tmp_path / "my-model")
+    shutil.copytree(tiny_folder, tmp_path / "my-model-int8")
     save_tiny_model(tmp_path / "other-model", num_key_value_heads=4)
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "model.gguf").write_bytes(b"GGUF")
@@ -64,6 +72,8 @@ def test_the_page_says_what_the_command_says(shown, world, monkeypatch):
         monkeypatch.setattr("huggingface_hub.resolve_revision", _gated)
     elif "long.txt" in words:
         monkeypatch.setattr("kvprofile.calibration.read_probe", _without_memory)
+    if "my-model-int8" in words:
+        monkeypatch.setattr("kvprofile.models.load_model", _quantised)
     assert words.pop(0) == "kvprofile"
     before = sorted(Path().rglob("*"))
     result = run(*words)
