@@ -200,6 +200,7 @@ sentence, before it generates anything. Both `attn_implementation="sdpa"` and `"
 | batches, prompts of different lengths | yes, padded on the left (`padding_side="left"`) with the `attention_mask` |
 | chunked prefill (`prefill_chunk_size`) | yes |
 | several turns on one cache | yes: pass the whole conversation and the same cache |
+| pipelines, streamers, LoRA, lm-evaluation-harness | yes, inside `merger.generating()`: see [use-it-in.md](use-it-in.md) |
 | prompt lookup, assisted decoding | yes: rejected tokens leave no trace; below a budget of 1 see under the table |
 | padding on the right or in the middle, 4D masks | refused, except where nothing is merged |
 | `cache_implementation=` static, offloaded or quantized | refused by transformers beside a merged cache: pass one of the two |

@@ -53,6 +53,16 @@ def test_the_tokens_and_slots_are_those_of_a_cache_passed(model, merger, strateg
     assert max(count for layer in cache.slots() for row in layer for count in row) < cache.get_seq_length()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision(dtype):
+    model = tiny_model().to(dtype)
+    merger = KVMerger.from_profile(uniform_values(model, share=0.5)).attach(model)
+    text = tiny_text(40, batch=2)
+    expected = generate(model, text, past_key_values=merger.cache())
+    with merger.generating():
+        assert torch.equal(generate(model, text), expected)
+
+
 def test_every_generation_gets_a_fresh_cache_and_one_passed_wins(model, merger):
     text = tiny_text(40)
     with merger.generating() as same:

@@ -62,11 +62,17 @@ def test_every_section_with_code_but_the_harness_runs(names, capsys):
 
 
 def test_lm_evaluation_harness(names):
-    pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval")
     questions = [{"question": f"{names['text']} Question {number}?", "answer": "x"} for number in range(3)]
     Path("questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     names["merger"] = kvprofile.KVMerger.from_profile("profile.json")
     names["merger"].attach(names["model"])
     exec(blocks(SECTIONS["lm-evaluation-harness"])[0], names)
     assert names["results"]["n-samples"]["mine"]["effective"] == 3
-    assert merged(names).get_seq_length() > len(questions[-1]["question"])
+    cache = merged(names)
+    assert cache.get_seq_length() > len(questions[-1]["question"])
+    pair = lm_eval.api.instance.Instance("loglikelihood", {}, (names["text"], "water"), 0)
+    expected = names["harness"].loglikelihood([pair])
+    with names["merger"].generating():
+        assert names["harness"].loglikelihood([pair]) == expected
+    assert names["merger"].last_cache is cache
