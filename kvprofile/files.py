@@ -3,6 +3,8 @@
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvprofile.errors import KVProfileError
@@ -29,18 +31,31 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         KVProfileError: the folder is missing, may not be written, or the disk is full.
     """
     path = Path(path)
+    with _explained(path), _partial(path) as partial:
+        # Opened by name, not through `tempfile`, so that the file gets the user's own umask instead of mode 600.
+        with partial.open("xb") as stream:
+            stream.write(data.encode() if isinstance(data, str) else data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A name beside `path` that nobody else uses; its file is removed on any failure."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
-        try:
-            # Opened by name, not through `tempfile`, so that the file gets the user's own umask instead of mode 600.
-            with partial.open("xb") as stream:
-                stream.write(data.encode() if isinstance(data, str) else data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say of what goes wrong that `path` cannot be written, and what to do."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise KVProfileError(f"cannot write {path}: {path.parent} is not a folder; make it first") from error
     except PermissionError as error:
@@ -65,6 +80,7 @@ def sha256_of(path: str | Path) -> str:
 def check_writable(path: str | Path) -> None:
     """Raise KVProfileError now if `path` could not be written later: its folder is missing or takes no new file."""
     path = Path(path)
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    atomic_write(probe, b"")
-    probe.unlink()
+    with _explained(path), _partial(path) as probe:
+        with probe.open("xb"):
+            pass
+        probe.unlink()

@@ -144,18 +144,8 @@ def load_model(
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, source.short_name, source.label, found_revision)
 
 
-def choose_placement(
-    device: str, dtype: str, device_map: str | dict[str, Any] | None, stored: torch.dtype | None = None
-) -> tuple[torch.device | None, torch.dtype, str]:
-    """The device (None where accelerate places the model), the dtype, and one line that says why.
-
-    `stored` is the dtype of the checkpoint, where known.
-
-    Raises:
-        UsageError: a value is unknown, contradicts another, or names a device this machine does not have.
-    """
-    import torch
-
+def check_placement(device: str, dtype: str, device_map: str | dict[str, Any] | None) -> None:
+    """Raise UsageError for values that no machine understands, or that contradict each other; torch is not loaded."""
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     if device_map is not None and device != "auto":
@@ -166,6 +156,21 @@ def choose_placement(
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UsageError(f"unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N")
+
+
+def choose_placement(
+    device: str, dtype: str, device_map: str | dict[str, Any] | None, stored: torch.dtype | None = None
+) -> tuple[torch.device | None, torch.dtype, str]:
+    """The device (None where accelerate places the model), the dtype, and one line that says why.
+
+    `stored` is the dtype of the checkpoint, where known.
+
+    Raises:
+        UsageError: a value is unknown, contradicts another, or names a device this machine does not have.
+    """
+    check_placement(device, dtype, device_map)
+    import torch
+
     cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= cuda:
         raise UsageError(f"device {device!r} asked for, but {cuda} CUDA devices were found; use auto or cpu")

@@ -37,7 +37,7 @@ class Created(_Strict):
     """When and how the profile was made: the only block that differs between two runs of the same command."""
 
     time: str = Field(description="UTC, ISO 8601")
-    command: str
+    command: str = Field(description="of the calibration, and after && those that have planned it anew")
     seconds: float = Field(description="wall time of the calibration")
     kvprofile: str
     python: str

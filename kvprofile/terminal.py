@@ -158,7 +158,18 @@ def models(aliases: Sequence["Alias"], as_json: bool) -> None:
     for alias in aliases:
         origin = "PyPI" if alias.kind == "wheel" else "hub"
         table.add_row(alias.name, f"{origin} {alias.where}", alias.note)
-    Console().print(table)
+    _console().print(table)
+
+
+def named(rows: Sequence[dict[str, str]], as_json: bool) -> None:
+    """Print a table of names, its columns those of the rows, to stdout."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    _console().print(table)
 
 
 def _say_verdict(console: Console, profile: Profile, rows: Sequence["Cost"]) -> None:

@@ -21,6 +21,8 @@ COMMANDS = (
     "generate",
     "evaluate",
     "models",
+    "policies",
+    "tasks",
     "doctor",
 )
 

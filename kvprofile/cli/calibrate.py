@@ -9,8 +9,9 @@ from kvprofile.cli.calibrating import Request, output_of
 from kvprofile.cli.calibrating import calibrate as run
 from kvprofile.cli.common import check_loudness, say, warn
 from kvprofile.cli.options import (
+    BUDGET,
     POLICY_NAMES,
-    budget_of,
+    complete_model,
     model_options,
     plan_choices,
     plan_options,
@@ -20,14 +21,13 @@ from kvprofile.cli.options import (
 
 
 @click.command(short_help="Measure MODEL and write its profile.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--budget",
-    type=float,
+    type=BUDGET,
     metavar="SHARE",
     default=0.5,
     show_default=True,
-    callback=budget_of,
     help="Share of KV slots to keep, above 0 and at most 1.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The profile to write.  [default: MODEL.json]")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvprofile.cli.common import check_writable, load, log_of, peak_memory, say, track_of, warn
+from kvprofile.cli.common import check_model, check_writable, load, log_of, peak_memory, say, track_of, warn
 from kvprofile.errors import KVProfileError, UsageError
 
 if TYPE_CHECKING:
@@ -69,10 +69,9 @@ def output_of(model: str) -> Path:
 
 def calibrate(request: Request) -> None:
     """Do what was asked for. Under a launcher this is one of several processes, and the first speaks for all."""
-    from kvprofile.model_names import resolve
     from kvprofile.workers import announced, joined
 
-    resolve(request.model, request.options["revision"])  # a wrong name is told before the text is read
+    check_model(request.model, request.options)  # a wrong name is told before the text is read
     workers = announced()
     _check(request, workers)
     quiet = request.quiet or workers.rank > 0

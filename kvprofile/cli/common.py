@@ -36,6 +36,18 @@ def check_loudness(quiet: bool, verbose: bool) -> None:
         raise UsageError("--quiet and --verbose contradict each other; give one of them")
 
 
+def check_model(model: str, options: dict[str, Any]) -> None:
+    """Refuse a model's name, device or dtype that cannot be meant, before torch is loaded, which takes seconds.
+
+    Raises UsageError.
+    """
+    from kvprofile.model_names import resolve
+    from kvprofile.models import check_placement
+
+    resolve(model, options["revision"])
+    check_placement(options["device"], options["dtype"], options["device_map"])
+
+
 def load(model: str, options: dict[str, Any], log: Callable[[str], None], *, verbose: bool = False) -> "LoadedModel":
     """Load a model as the `model_options` say; transformers' warnings are shown if `verbose`."""
     import transformers

@@ -6,20 +6,14 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_writable, load, log_of, track_of, warn
-from kvprofile.cli.options import POLICY_NAMES, model_options
+from kvprofile.cli.common import check_model, check_writable, load, log_of, track_of, warn
+from kvprofile.cli.options import BUDGET, POLICY_NAMES, complete_model, model_options
 from kvprofile.errors import KVProfileError, UsageError
 
 FIELD = ("h2o", "snapkv", "streaming", "kvmerger")
 ALL = "all"
 NONE = "none"
 POLICIES = tuple(name for name in POLICY_NAMES if name != "auto")
-
-
-def _budgets(_ctx: click.Context, _param: click.Parameter, values: tuple[float, ...]) -> tuple[float, ...]:
-    from kvprofile.solve import check_budget
-
-    return tuple(check_budget(value) for value in values)
 
 
 def _configure(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
@@ -45,7 +39,7 @@ def _configure(ctx: click.Context, _param: click.Parameter, path: Path | None) -
 
 
 @click.command(short_help="Compare a profile with the field's policies.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -65,9 +59,8 @@ def _configure(ctx: click.Context, _param: click.Parameter, path: Path | None) -
 @click.option(
     "--budget",
     "budgets",
-    type=float,
+    type=BUDGET,
     multiple=True,
-    callback=_budgets,
     help="Share of slots, can be given again.  [default: the profile's]",
 )
 @click.option(
@@ -179,6 +172,17 @@ def evaluate(
         if output.suffix != ".json":
             raise UsageError(f"-o {output} has to end in .json; its table and plots get the same name")
         check_writable(output.with_suffix(suffix), force)
+    check_model(model, options)
+    from kvprofile.evaluate.tasks import named_task
+    from kvprofile.samples.load import check_text, named_text
+    from kvprofile.storage import load_profile
+
+    for task in tasks if examples else ():
+        named_task(task)
+    for text in texts if documents else ():
+        check_text(named_text(text)[1])
+    for path in profiles:
+        load_profile(path)
     from kvprofile.evaluate.results import results_of, write_results
     from kvprofile.evaluate.rows import open_store
     from kvprofile.evaluate.run import Choices

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from kvprofile.cli.common import check_writable
+from kvprofile.cli.common import check_writable, log_of
+from kvprofile.cli.options import quiet_option
 
 
 @click.command()
@@ -12,7 +13,8 @@ from kvprofile.cli.common import check_writable
 @click.option("--to", "target", type=click.Choice(("kvpress",)), required=True, help="The tool.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
-def export(profile: Path, target: str, output: Path, force: bool) -> None:
+@quiet_option
+def export(profile: Path, target: str, output: Path, force: bool, quiet: bool) -> None:
     """Write the plan of a PROFILE for another tool.
 
     kvpress takes one number per layer, the fraction of tokens removed: shares are averaged over a layer's heads, and
@@ -28,4 +30,4 @@ def export(profile: Path, target: str, output: Path, force: bool) -> None:
 
     check_writable(output, force)
     atomic_write(output, FORMATS[target](load_profile(profile)))
-    click.echo(f"Wrote {output}", err=True)
+    log_of(quiet)(f"Wrote {output}")

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_loudness, load, log_of, warn
-from kvprofile.cli.options import PLAN_FLAGS, model_options, speech_options
-from kvprofile.errors import UsageError
+from kvprofile.cli.common import check_loudness, check_model, load, log_of, warn
+from kvprofile.cli.options import PLAN_FLAGS, complete_model, model_options, speech_options
+from kvprofile.errors import KVProfileError, UsageError
 
 
 @click.command(short_help="Generate text with MODEL and a merged cache.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--profile",
     type=click.Path(path_type=Path),
@@ -66,7 +66,14 @@ def generate(
     check_loudness(quiet, verbose)
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the prompt with exactly one of --prompt and --prompt-file")
+    from kvprofile.storage import load_profile
+
     text = prompt if prompt is not None else prompt_file.read()
+    if not text:
+        raise KVProfileError("the prompt is empty; give some text with --prompt or --prompt-file")
+    check_model(model, options)
+    if profile is not None:
+        load_profile(profile)  # what is wrong with it is told before torch and the model are loaded
     from kvprofile import terminal
     from kvprofile.generation import generate as run
 

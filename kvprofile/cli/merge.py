@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvprofile.cli.common import check_loudness, check_writable, load, log_of, say, track_of, warn
-from kvprofile.cli.options import budget_of, model_options, plan_choices, plan_options, speech_options
+from kvprofile.cli.options import BUDGET, complete_model, model_options, plan_choices, plan_options, speech_options
 from kvprofile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The profile to write.")
 @click.option(
     "--budget",
-    type=float,
+    type=BUDGET,
     metavar="SHARE",
     default=0.5,
     show_default=True,
-    callback=budget_of,
     help="Share of KV slots to keep, above 0 and at most 1.",
 )
 @plan_options
-@click.option("--check", metavar="MODEL", help="Load this model, the one that was measured, and check the plan.")
+@click.option(
+    "--check",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="Load this model, the one that was measured, and check the plan.",
+)
 @click.option("--data", default="builtin", show_default=True, metavar="TEXT", help="The text that was measured.")
 @click.option("--column", metavar="NAME", help="Its column, as for calibrate.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")

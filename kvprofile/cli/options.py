@@ -1,9 +1,12 @@
 """Flags that several commands share."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,6 +47,8 @@ POLICY_NAMES = (
     "kvmerger-off",
     "zsmerge-off",
 )
+# Their sets need thresholds that only a calibration with them measures.
+CALIBRATED_WITH = ("kvmerger", "kvmerger-printed", "kvmerger-off")
 PLAN_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "rule": (
         ("damage", "uniform", "common", "pyramidkv", "dynamickv", "prefixkv", "cake", "squeeze"),
@@ -97,11 +102,45 @@ def plan_choices(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if value is not None}
 
 
-def budget_of(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
-    """Check --budget while the flags are read (a click callback)."""
-    from kvprofile.solve import check_budget
+class Budget(click.ParamType):
+    """A share of the slots; 50 and 50% are told alike to be 0.5."""
 
-    return check_budget(value)
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a number; raises UsageError for a number that is none."""
+        from kvprofile.errors import UsageError
+        from kvprofile.solve import check_budget
+
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a number; expected a share above 0 and at most 1, for example 0.5", param, ctx)
+        if text.endswith("%") or 1 < number <= 100:
+            raise UsageError(
+                f"budget {text} is not a fraction of slots to keep; expected above 0 and at most 1, for example 0.5; "
+                f"{number:g}% is {number / 100:g}"
+            )
+        return check_budget(number)
+
+
+BUDGET = Budget()
+
+
+def complete_model(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """The aliases that begin so, and the files."""
+    from click.shell_completion import CompletionItem
+
+    from kvprofile.model_names import known_models
+
+    found = [CompletionItem(alias.name) for alias in known_models() if alias.name.startswith(incomplete.lower())]
+    return [*found, CompletionItem(incomplete, type="file")]
+
+
+def quiet_option(command: F) -> F:
+    """-q of a command that says little."""
+    return click.option("-q", "--quiet", is_flag=True, help="No messages; only warnings and errors.")(command)
 
 
 def shard_of(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from kvprofile.cli.common import check_writable
+from kvprofile.cli.common import check_writable, log_of
+from kvprofile.cli.options import quiet_option
 from kvprofile.errors import UsageError
 
 
@@ -17,6 +18,7 @@ from kvprofile.errors import UsageError
 @click.option("--layers", metavar="I,J,...", help="Layers to draw similarity maps of.  [default: six, spread evenly]")
 @click.option("--heads", metavar="I,J,...", help="KV heads to draw.  [default: the first, or one for each layer]")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
+@quiet_option
 def report(
     profiles: tuple[Path, ...],
     output: Path | None,
@@ -24,6 +26,7 @@ def report(
     layers: str | None,
     heads: str | None,
     force: bool,
+    quiet: bool,
 ) -> None:
     """Show a PROFILE, or two side by side, as one HTML page that opens without a network.
 
@@ -47,7 +50,7 @@ def report(
     subjects = [read_subject(path, layers=chosen[0], heads=chosen[1]) for path in profiles]
     written = [] if figures is None else write_figures(subjects, figures, force=force)
     for path in [write_report(subjects, output, force=force), *written]:
-        click.echo(f"Wrote {path}", err=True)
+        log_of(quiet)(f"Wrote {path}")
 
 
 def _indices(flag: str, text: str | None) -> list[int] | None:

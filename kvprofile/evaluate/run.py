@@ -13,12 +13,13 @@ from kvprofile.evaluate.bench import FIDELITY, run_fidelity, run_task
 from kvprofile.evaluate.methods import Method, profile_methods, uniform_methods
 from kvprofile.evaluate.prompts import encode, uses_template
 from kvprofile.evaluate.rows import Row, Store, identity
-from kvprofile.evaluate.tasks import TASKS, Request
+from kvprofile.evaluate.tasks import TASKS, Request, named_task
 from kvprofile.fingerprint import model_facts
 from kvprofile.models import LoadedModel
 from kvprofile.profile import Profile
 from kvprofile.samples import Sample, load_documents, make_samples
 from kvprofile.samples.builtin import SHARES
+from kvprofile.samples.load import named_text
 from kvprofile.storage import load_arrays, load_profile
 from kvprofile.tracking import Track, untracked
 
@@ -71,7 +72,7 @@ def evaluate(
     Raises UsageError for a task or a text that does not exist, MismatchError where a profile does not fit the model or a
     budget is out of reach.
     """
-    tasks = [_task(spec) for spec in choices.tasks if choices.examples]
+    tasks = [named_task(spec) for spec in choices.tasks if choices.examples]
     if not tasks and not choices.documents:
         raise UsageError("nothing to evaluate: --documents is 0, and there is no task or --examples is 0")
     profiles = {name: (load_profile(path), path) for name, path in _names(choices.profiles).items()}
@@ -123,9 +124,7 @@ def make_documents(loaded: LoadedModel, choices: Choices) -> list[Sample]:
     """`documents` samples of every text, each of `tokens` and a continuation."""
     found: list[Sample] = []
     for text in choices.texts:
-        kind, named, spec = text.partition("=")
-        if not named or "/" in kind or ":" in kind:
-            kind, spec = "", text
+        kind, spec = named_text(text)
         blocks = make_samples(
             load_documents(spec, seed=choices.seed + SEED_OFFSET),
             loaded.tokenizer,
@@ -140,13 +139,6 @@ def make_documents(loaded: LoadedModel, choices: Choices) -> list[Sample]:
             for sample in blocks.calibration
         ]
     return found
-
-
-def _task(spec: str) -> tuple[str, str]:
-    name, _, source = spec.partition(":")
-    if name not in TASKS:
-        raise UsageError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    return name, source
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:

@@ -54,6 +54,22 @@ def load_documents(spec: str = "builtin", *, column: str | None = None, seed: in
     raise UsageError(f"no such file or folder: {spec!r}; --data takes {FORMS}")
 
 
+def named_text(text: str) -> tuple[str, str]:
+    """The kind (empty where none is given) and the `--data` value of `KIND=TEXT`."""
+    kind, named, spec = text.partition("=")
+    return (kind, spec) if named and "/" not in kind and ":" not in kind else ("", text)
+
+
+def check_text(spec: str) -> None:
+    """Raise UsageError where a `--data` value names a file or folder that is not there; nothing is read or fetched."""
+    name, _, rest = spec.partition(":")
+    if name == "synthwiki" and rest:
+        _existing(rest)
+    known = spec == "builtin" or name in ("synthwiki", "longbench", "hub")
+    if not known and not (spec and Path(spec).expanduser().exists()) and not _is_hub_name(spec):
+        raise UsageError(f"no such file or folder: {spec!r}; --data takes {FORMS}")
+
+
 def _is_hub_name(spec: str) -> bool:
     organisation, _, name = spec.partition("/")
     is_path = organisation in ("", ".", "..", "~") or "/" in name or "\\" in spec

@@ -1,5 +1,6 @@
 """The tasks of `kvprofile evaluate`, by name. To add one, write a file beside these and enter its task here."""
 
+from kvprofile.errors import UsageError
 from kvprofile.evaluate.tasks.encyclopedia import ENCYCLOPEDIA
 from kvprofile.evaluate.tasks.longbench import LONGBENCH
 from kvprofile.evaluate.tasks.needle import NEEDLE
@@ -9,7 +10,7 @@ from kvprofile.evaluate.tasks.synthwiki import SYNTHWIKI
 from kvprofile.evaluate.tasks.task import Example, Request, Task
 from kvprofile.evaluate.tasks.zeroscrolls import ZEROSCROLLS
 
-__all__ = ["TASKS", "Example", "Request", "Task"]
+__all__ = ["TASKS", "Example", "Request", "Task", "named_task"]
 
 TASKS: dict[str, Task] = {
     "encyclopedia": ENCYCLOPEDIA,
@@ -20,3 +21,11 @@ TASKS: dict[str, Task] = {
     "longbench": LONGBENCH,
     "zeroscrolls": ZEROSCROLLS,
 }
+
+
+def named_task(spec: str) -> tuple[str, str]:
+    """The task and the source that `NAME:SOURCE` names; raises UsageError where there is no such task."""
+    name, _, source = spec.partition(":")
+    if name not in TASKS:
+        raise UsageError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+    return name, source
