@@ -1,10 +1,15 @@
 """The group of commands: turns our errors into one line and an exit code, and Ctrl-C into a quiet end."""
 
+import logging
 from typing import Any
 
 import click
 
 from kvprofile.errors import KVProfileError
+
+
+# Where torchao is installed, transformers imports it, and it warns of every CUDA library that this machine cannot load.
+IMPORT_NOISE = ("torchao", "torch.utils._pytree")
 
 
 class Group(click.Group):
@@ -16,6 +21,8 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
+        for name in IMPORT_NOISE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except KVProfileError as error:
