@@ -7,7 +7,6 @@ import click
 
 from kvprofile.errors import KVProfileError
 
-
 # Where torchao is installed, transformers imports it, and it warns of every CUDA library that this machine cannot load.
 IMPORT_NOISE = ("torchao", "torch.utils._pytree")
 
