@@ -3,6 +3,8 @@
 A message is one line: what went wrong, what was got, what was expected, what to do next.
 """
 
+import re
+
 LONGEST = 2000  # characters of a message; what a file says about itself may be as long as the file
 
 
@@ -12,7 +14,8 @@ class KVProfileError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())
+        # Control characters too: a name in a file must not speak to the terminal.
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)
         half = LONGEST // 2
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} [...] {line[-half:]}")
 

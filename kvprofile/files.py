@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from kvprofile.errors import KVProfileError
@@ -56,25 +58,71 @@ def _explained(path: Path) -> Iterator[None]:
     """Say of what goes wrong that `path` cannot be written, and what to do."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise KVProfileError(f"cannot write {path}: {path.parent} is not a folder; make it first") from error
     except PermissionError as error:
         raise KVProfileError(f"cannot write {path}: no permission in {path.parent}; choose another folder") from error
-    except OSError as error:
-        raise KVProfileError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not path.parent.is_dir():
+            raise KVProfileError(f"cannot write {path}: {path.parent} is not a folder; make it first") from error
+        # A folder such as /proc is there and takes no files: its own reason would say that the file is missing.
+        reason = f"{path.parent} takes no files" if isinstance(error, FileNotFoundError) else _reason(error)
+        raise KVProfileError(f"cannot write {path}: {reason}; choose another path") from error
+
+
+def lies_at(path: str | Path) -> bool:
+    """True if something lies at `path`, be it a broken link; a name that no file can have leads nowhere."""
+    try:
+        os.lstat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def read_bytes(path: str | Path, *, limit: int) -> bytes:
+    """A regular file's bytes, once: what is checked is what is used.
+
+    Raises:
+        KVProfileError: as `open_file`, or it has more than `limit` bytes.
+    """
+    with open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise KVProfileError(f"cannot read {path}: it has {size:,} bytes, more than {limit:,}; check the path")
+        try:
+            return stream.read(limit)
+        except (OSError, MemoryError) as error:
+            raise KVProfileError(f"cannot read {path}: {_reason(error)}; check the path") from error
+
+
+def open_file(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading; nothing else is waited for.
+
+    Raises:
+        KVProfileError: it is missing, a folder, a pipe or a device, or cannot be read.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        raise KVProfileError(f"cannot read {path}: {_reason(error)}; check the path") from error
+    kind = os.fstat(number).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(number)
+        what = "a folder" if stat.S_ISDIR(kind) else "a pipe, a device or a socket"
+        raise KVProfileError(f"cannot read {path}: it is {what}; give a file")
+    return os.fdopen(number, "rb")
 
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal.
 
     Raises:
-        KVProfileError: the file is missing or cannot be read.
+        KVProfileError: as `open_file`.
     """
-    try:
-        with open(path, "rb") as stream:
+    with open_file(path) as stream:
+        try:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise KVProfileError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        except OSError as error:
+            raise KVProfileError(f"cannot read {path}: {_reason(error)}; check the path") from error
 
 
 def check_writable(path: str | Path) -> None:
@@ -84,3 +132,7 @@ def check_writable(path: str | Path) -> None:
         with probe.open("xb"):
             pass
         probe.unlink()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,6 +1,8 @@
 """Profiles on disk: the JSON and, beside it, the arrays as `.safetensors`. No pickle anywhere."""
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from kvprofile.errors import KVProfileError, MismatchError
-from kvprofile.files import atomic_write, sha256_of
+from kvprofile.files import atomic_write, lies_at, read_bytes
 from kvprofile.measured_arrays import check_arrays
 from kvprofile.profile import SCHEMA_VERSION, Arrays, Profile
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+MAX_PROFILE = 2**28  # bytes; the profile of a model of 128 layers with 128 KV heads has a sixth of it
+MAX_ARRAYS = 2**33
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -23,16 +29,16 @@ def load_profile(path: str | Path) -> Profile:
     written by a newer major version.
     """
     path = Path(path)
+    if not lies_at(path):
+        raise KVProfileError(f"no profile at {path}; make one with `kvprofile calibrate MODEL -o {path}`")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise KVProfileError(f"no profile at {path}; make one with `kvprofile calibrate MODEL -o {path}`") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, limit=MAX_PROFILE).decode()
+    except (KVProfileError, UnicodeDecodeError) as error:
         raise KVProfileError(
             f"cannot read the profile {path}: {error}; give the .json file that calibrate wrote"
         ) from error
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise MismatchError(f"{path} is not a complete JSON file ({error}); copy it again or calibrate anew") from error
     return _checked(values, text, str(path)).at(path)
@@ -90,11 +96,12 @@ def save_profile(
     if beside == path:
         raise KVProfileError(f"{path} is the name the arrays would get; give the profile a name that ends in .json")
     for file in (path, beside):
-        if file.exists() and not force:
+        if lies_at(file) and not force:
             raise KVProfileError(f"{file} exists; give --force to replace it, or another -o")
     # safetensors writes a strided array's memory as it lies, not the array.
-    atomic_write(beside, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
-    facts = Arrays(file=beside.name, sha256=sha256_of(beside))
+    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    facts = Arrays(file=beside.name, sha256=hashlib.sha256(data).hexdigest())
+    atomic_write(beside, data)
     profile = profile.model_copy(update={"statistics": profile.statistics.model_copy(update={"arrays": facts})})
     return profile.at(path), [profile.save(path, force=force), beside]
 
@@ -106,36 +113,23 @@ def load_arrays(profile: Profile, path: str | Path) -> dict[str, "np.ndarray"]:
     profile says was measured.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
-    file = _arrays_file(profile, Path(path))
-    if sha256_of(file) != profile.statistics.arrays.sha256:  # type: ignore[union-attr]
+    beside = profile.statistics.arrays
+    if beside is None:
+        raise KVProfileError(f"{path} names no arrays file; calibrate anew to get one")
+    file = Path(path).parent / beside.file
+    if not lies_at(file):
+        raise KVProfileError(f"{file} is missing; it belongs beside {path}: copy it there or calibrate anew")
+    data = read_bytes(file, limit=MAX_ARRAYS)
+    if hashlib.sha256(data).hexdigest() != beside.sha256:
         raise KVProfileError(f"{file} is not the file {path} was saved with (SHA-256 differs); calibrate anew")
     try:
-        arrays = load_file(file)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        arrays = load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise KVProfileError(f"{file} is no complete .safetensors file ({error}); calibrate anew") from error
     check_arrays(profile, arrays, file)
     return arrays
-
-
-def _arrays_file(profile: Profile, path: Path) -> Path:
-    """The file of the arrays beside the profile at `path`; raises KVProfileError where there is none."""
-    arrays = profile.statistics.arrays
-    if arrays is None:
-        raise KVProfileError(f"{path} names no arrays file; calibrate anew to get one")
-    file = path.parent / arrays.file
-    try:
-        there, regular = file.exists(), file.is_file()
-    except OSError as error:
-        raise KVProfileError(f"cannot read {file}: {error.strerror or error}; check the path") from error
-    if not there:
-        raise KVProfileError(f"{file} is missing; it belongs beside {path}: copy it there or calibrate anew")
-    if not regular:
-        raise KVProfileError(
-            f"{file} is no regular file; the arrays of {path} belong there: copy them or calibrate anew"
-        )
-    return file
 
 
 def save_planned(profile: Profile, source: Path, path: Path, *, force: bool = False) -> tuple[Profile, list[Path]]:
@@ -152,3 +146,19 @@ def save_planned(profile: Profile, source: Path, path: Path, *, force: bool = Fa
 
 def _no_constant(name: str) -> Iterator[None]:
     raise ValueError(f"{name} is not allowed in a profile")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits} is too large a number")
+    return number
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's values; a name that comes twice would be read one way here and another way elsewhere."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in seen if seen.count(name) > 1)!r} comes twice")
+    return values

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprofile.errors import MismatchError, UsageError
+from kvprofile.files import lies_at
 from kvprofile.plans import solver_of, total
 from kvprofile.profile import Profile
 from kvprofile.storage import load_arrays
@@ -59,7 +60,7 @@ def arrays_beside(profile: Profile, path: Path) -> dict[str, NDArray[np.generic]
     Raises KVProfileError where the file is not the one the profile was saved with.
     """
     beside = profile.statistics.arrays
-    return load_arrays(profile, path) if beside is not None and (path.parent / beside.file).exists() else None
+    return load_arrays(profile, path) if beside is not None and lies_at(path.parent / beside.file) else None
 
 
 def merged_bytes(profile: Profile, budget: float) -> int | None:

@@ -87,7 +87,8 @@ def ratio_curves(profile: Profile, width: int) -> Plot:
         left.axvline(thresholds[at], color=MUTED, linestyle=":", linewidth=1)
         _mark(left, thresholds[at], f"ε = {thresholds[at]:g}")
         flat = np.flatnonzero((mean - mean[:, :1] < 0.01).all(axis=0))
-        left.set_xlim(max(0.0, thresholds[flat[-1]]) if len(flat) else 0.0, 1)
+        # Where nothing merges, curves are flat to the end, and an axis of no length cannot be drawn.
+        left.set_xlim(min(max(0.0, thresholds[flat[-1]]), 0.9) if len(flat) else 0.0, 1)
         left.set_ylim(0, 1.02)
         left.set_xlabel("threshold ε (cosine)")
         left.set_ylabel("slots kept / tokens")

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.errors import KVProfileError, MismatchError, UsageError
 from kvprofile.files import atomic_write
 from kvprofile.profile import Profile
 from kvprofile.report import captions
@@ -17,7 +17,7 @@ from kvprofile.report.budgets import BYTES, arrays_beside, costs, merged_bytes
 from kvprofile.report.compare import compared, difference_caption, differing
 from kvprofile.report.facts import about, persistence_table
 from kvprofile.report.figures import Subject, draw
-from kvprofile.report.heads import Arrays, Head, chosen_heads, common_threshold, ranked
+from kvprofile.report.heads import Arrays, Head, chosen_heads, common_threshold, ranked, seen_layers
 from kvprofile.report.judgement import judge
 from kvprofile.report.numbers import number, percent, size
 from kvprofile.report.page_data import page_data, sliding_layers
@@ -39,12 +39,14 @@ def make_subject(
 ) -> Subject:
     """What a report needs of one profile; `layers` and `heads` choose the similarity maps.
 
-    Raises UsageError for a layer or head the model does not have.
+    Raises UsageError for a layer or head the model does not have, MismatchError for a profile that measured nothing.
     """
     for thing, indices, count in (("layer", layers, profile.model.layers), ("KV head", heads, profile.model.kv_heads)):
         for index in indices or ():
             if not 0 <= index < count:
                 raise UsageError(f"{thing} {index} is out of range; {profile.model.name} has {thing}s 0 to {count - 1}")
+    if not profile.attention_layers() or not seen_layers(profile):
+        raise MismatchError(f"nothing was measured of {profile.model.name}, so there is nothing to show; calibrate it")
     return Subject(name, profile, arrays, costs(profile, arrays), chosen_heads(profile, layers, heads))
 
 

@@ -109,6 +109,10 @@ def documents_from_rows(rows: Iterable[Any], column: str | None, kind: str, sour
             raise KVProfileError(
                 f"row {number} of {source} holds {type(value).__name__}, expected text; choose a --column"
             )
+        if value and any("\ud800" <= sign <= "\udfff" for sign in value):  # JSON can name them, no text holds them
+            raise KVProfileError(
+                f"row {number} of {source} is no text: it holds half a character; mend or remove the row"
+            )
         if value and value.strip():
             texts.setdefault(value, number)
     if not texts:
@@ -172,7 +176,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KVProfileError(f"{where} is no JSON: {error}") from error
 
 

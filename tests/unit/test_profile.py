@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from kvprofile.calibration import CANDIDATES
 from kvprofile.errors import KVProfileError, MismatchError
-from kvprofile.files import sha256_of
+from kvprofile.files import atomic_write, sha256_of
 from kvprofile.fingerprint import difference, model_facts
 from kvprofile.measure.ratios import THRESHOLDS as RATIO_THRESHOLDS
 from kvprofile.profile import ModelFacts, Profile
@@ -309,6 +309,45 @@ def test_a_profile_in_memory_is_checked_as_well():
         Profile.model_validate(values)
     with pytest.raises(ValueError, match="frozen"):
         build_profile().plan.budget = 0.3
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_too_large_to_hold_is_refused_wherever_it_stands(tmp_path, number):
+    path = _edited(tmp_path, ("model", "rope"), {"rope_theta": 12345678})
+    path.write_text(path.read_text().replace("12345678", number))
+    assert f"{number} is too large a number" in _refused(path, 3)
+
+
+def test_a_name_that_comes_twice(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(build_profile().to_json().replace('"seed": 0,', '"seed": 0, "seed": 1,', 1))
+    assert "'seed' comes twice" in _refused(path, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        assert "it is a pipe, a device or a socket" in _refused(path, 1)
+        with pytest.raises(KVProfileError, match="it is a pipe"):
+            sha256_of(path)
+    for name in (tmp_path / ("x" * 5000), "a\0b"):
+        with pytest.raises(KVProfileError, match="no profile at"):
+            load_profile(name)
+        with pytest.raises(KVProfileError, match="cannot write"):
+            atomic_write(name, "")
+
+
+def test_a_file_too_large_to_be_a_profile(tmp_path):
+    with open(tmp_path / "profile.json", "wb") as stream:
+        stream.truncate(2**29)  # takes no room: nothing is written
+    assert "it has 536,870,912 bytes" in _refused(tmp_path / "profile.json", 1)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here")
+def test_a_folder_that_takes_no_files():
+    with pytest.raises(KVProfileError, match="/proc takes no files; choose another path"):
+        build_profile().save("/proc/profile.json")
 
 
 # The model it belongs to.

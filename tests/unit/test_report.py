@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from kvprofile import load_profile
-from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.errors import KVProfileError, MismatchError, UsageError
+from kvprofile.profile import Profile
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
 from kvprofile.report.judgement import judge
 from kvprofile.report.plan_maps import difference_map
@@ -291,3 +293,27 @@ def test_the_commands_write_it(tiny_profile, tiny_folder, tiny_text_file, tmp_pa
     assert result.exit_code == 0, result.output
     assert Page((tmp_path / "p.html").read_text()).sections == SECTIONS
     assert load_profile(path).created.command in Page((tmp_path / "p.html").read_text()).words["what"]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_curves_that_are_flat_are_drawn(ratio, tmp_path):
+    values = build_profile().model_dump()
+    values["statistics"]["thresholds"][-1] = 1.0
+    for layer in values["statistics"]["layers"]:
+        layer["ratio"] = [[ratio] * 4] * 2
+    subject = make_subject("flat", Profile.model_validate(values), None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*singular")
+        assert write_report([subject], tmp_path / "flat.html").stat().st_size
+
+
+def test_a_profile_that_measured_nothing_is_not_shown():
+    nothing = build_profile().model_dump()
+    for layer in nothing["statistics"]["layers"]:
+        layer["ratio"] = [[0.0] * 4] * 2
+    unmerged = build_profile().model_dump()
+    unmerged["model"]["attention"] = ["sliding_attention"] * 2
+    unmerged["plan"]["layers"] = []
+    for values in (nothing, unmerged):
+        with pytest.raises(MismatchError, match="nothing was measured of tiny, so there is nothing to show"):
+            make_subject("nothing", Profile.model_validate(values), None)
