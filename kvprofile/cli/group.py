@@ -28,24 +28,13 @@ class Group(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except (MemoryError, RuntimeError) as error:
-            if not _is_lack_of_memory(error):
+            from kvprofile.device_memory import is_memory
+
+            if not is_memory(error):
                 raise
-            click.echo(f"Error: {_LACK_OF_MEMORY}", err=True)
+            # Where a model is read or run, the message is better: this is for loading it, and for all that needs none.
+            click.echo("Error: out of memory; close other programs, or take a smaller model or --dtype", err=True)
             ctx.exit(1)
         except KeyboardInterrupt as interrupt:
             click.echo(str(interrupt) or "Interrupted. Nothing was written.", err=True)
             ctx.exit(130)
-
-
-_LACK_OF_MEMORY = (
-    "not enough memory; ask for fewer --tokens or a smaller --dtype, spread the model with --device-map auto, or close other "
-    "programs (calibrate --dry-run says what a run needs)"
-)
-
-
-def _is_lack_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Torch has a class of its own for this on GPUs, and on a CPU only a sentence."""
-    told = str(error)
-    return (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in told
-    )

@@ -241,5 +241,5 @@ def test_a_lack_of_memory_is_one_line(error, monkeypatch, tiny_folder):
     monkeypatch.setattr("kvprofile.models.load_model", lack)
     result = run("generate", tiny_folder, "--prompt", "Once")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: not enough memory; ")
+    assert result.stderr.startswith("Error: out of memory; ")
     assert len(result.stderr.splitlines()) == 1
