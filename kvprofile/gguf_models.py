@@ -20,6 +20,8 @@ from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.files import atomic_write, cache_dir, sha256_of
 
 CONVERTER_VERSION = 1  # raised when convert() changes what it writes: older conversions are then made again
+MOST_LAYERS = 2**12
+WEIGHTS_PER_BYTE = 8  # a weight takes a bit and a half in the smallest of GGUF's formats
 MARKER = "kvprofile.json"
 INSTEAD = "or give a local model folder or a .gguf file instead"
 
@@ -121,6 +123,7 @@ def convert(gguf: Path, folder: Path) -> None:
     try:
         # The GGUF reader's progress bar knows no switch: for this stretch stderr goes to a buffer.
         with contextlib.redirect_stderr(io.StringIO()):
+            _check_size(gguf)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model, info = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -129,9 +132,13 @@ def convert(gguf: Path, folder: Path) -> None:
                 # Otherwise the model keeps a tag "quantised" and refuses to be saved, or even stays packed in blocks.
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
             )
             if info["missing_keys"]:
                 raise ValueError(f"it lacks {len(info['missing_keys'])} weights, such as {min(info['missing_keys'])}")
+            if info["mismatched_keys"]:
+                name, theirs, ours = min(info["mismatched_keys"])
+                raise ValueError(f"the weight {name} is {tuple(theirs)}, and its header needs {tuple(ours)}")
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:
@@ -139,6 +146,25 @@ def convert(gguf: Path, folder: Path) -> None:
         raise KVProfileError(
             f"cannot convert {gguf.name}: {reason}; check the file and the free space, or give a safetensors folder"
         ) from error
+
+
+def _check_size(gguf: Path) -> None:
+    """Raise ValueError where the header describes a model that the file cannot hold: a damaged number, or a trap.
+
+    Found out on a device without memory, before any is asked for.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    if not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"its header says {layers} layers, expected 1 to {MOST_LAYERS}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights, size = model.num_parameters(), gguf.stat().st_size
+    if weights > WEIGHTS_PER_BYTE * size:
+        raise ValueError(f"its header describes {weights:,} weights, more than its {size:,} bytes can hold")
 
 
 def _converted(

@@ -22,8 +22,11 @@ MODES = ("exact", "threshold")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-# A cosine for most policies, a logarithm or a distance for others; half of what float32 holds is room enough.
-Threshold = Annotated[float, Field(ge=-1e30, le=1e30)]
+# Bounds that nothing measured comes near. Within them no sum or square overflows, and whole numbers are read as they stand.
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+# A cosine for most policies, a logarithm or a distance for others.
+Threshold = Annotated[float, Field(ge=-1e15, le=1e15)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # A name that a program using kvprofile has registered; the runtime refuses it where it is not.
 Foreign = Annotated[str, Field(pattern="^x-[a-z0-9-]+$")]
@@ -38,7 +41,7 @@ class Created(_Strict):
 
     time: str = Field(description="UTC, ISO 8601")
     command: str = Field(description="of the calibration, and after && those that have planned it anew")
-    seconds: float = Field(description="wall time of the calibration")
+    seconds: Number = Field(description="wall time of the calibration")
     kvprofile: str
     python: str
     torch: str
@@ -78,7 +81,7 @@ class Calibration(_Strict):
     """How the statistics were measured."""
 
     text: str
-    seed: int
+    seed: Seed
     dtype: str
     device: str
     digest: Sha256 = Field(description="of all token ids, calibration and held-out")
@@ -149,21 +152,21 @@ class LayerStatistics(_Strict):
 
     layer: int
     ratio: list[list[Share]] = Field(description="per head, per threshold: mean over samples of slots / tokens")
-    ratio_std: list[list[float]] = Field(description="the same: sample standard deviation over samples")
+    ratio_std: list[list[Share]] = Field(description="the same: sample standard deviation over samples")
 
 
 class Persistence(_Strict):
     """Where the compression ratio varies, at one common threshold: standard deviations of the ratio."""
 
-    threshold: float
-    ratio: float = Field(description="mean over everything")
-    between_samples: float = Field(description="of a layer's ratio, between samples of one kind of text")
-    between_kinds: float | None = Field(description="of a layer's ratio, between kinds of text")
-    between_layers: float = Field(description="of the mean ratio, between layers")
-    head_between_samples: float = Field(description="of a head's ratio, between samples of one kind of text")
-    head_between_kinds: float | None = Field(description="of a head's ratio, between kinds of text")
-    between_heads: float = Field(description="of the mean ratio, between all heads of all layers")
-    rank_correlation: float | None = Field(description="of the layers' ratios between kinds of text, the lowest pair")
+    threshold: Number
+    ratio: Number = Field(description="mean over everything")
+    between_samples: Number = Field(description="of a layer's ratio, between samples of one kind of text")
+    between_kinds: Number | None = Field(description="of a layer's ratio, between kinds of text")
+    between_layers: Number = Field(description="of the mean ratio, between layers")
+    head_between_samples: Number = Field(description="of a head's ratio, between samples of one kind of text")
+    head_between_kinds: Number | None = Field(description="of a head's ratio, between kinds of text")
+    between_heads: Number = Field(description="of the mean ratio, between all heads of all layers")
+    rank_correlation: Number | None = Field(description="of the layers' ratios between kinds of text, the lowest pair")
 
 
 class DamageFacts(_Strict):
@@ -172,11 +175,11 @@ class DamageFacts(_Strict):
     policies: list[str]
     budgets: list[float] = Field(description="shares of slots at which damage was measured; at 1 it is 0")
     kinds: list[str] = Field(description="kinds of probe tokens")
-    passages: int = Field(description="passages of the context repeated in every probe")
-    passage_tokens: int
-    continuation_tokens: int
-    facts: int = Field(0, description="sentences planted in the context and asked for in other words")
-    lookups: int = Field(0, description="`name: number` lines planted in the context and looked up")
+    passages: Count = Field(description="passages of the context repeated in every probe")
+    passage_tokens: Count
+    continuation_tokens: Count
+    facts: Count = Field(0, description="sentences planted in the context and asked for in other words")
+    lookups: Count = Field(0, description="`name: number` lines planted in the context and looked up")
 
 
 class Arrays(_Strict):
@@ -213,7 +216,7 @@ class HeadPlan(_Strict):
     policy: str = Field(description="a name from `policies`")
     epsilon: Threshold | None = Field(description="merge neighbours at least this similar; null: merge nothing")
     share: Share = Field(description="fraction of the tokens that keep a slot")
-    damage: float | None = Field(description="predicted KL, nats per probe token, summed over the objective's kinds")
+    damage: Number | None = Field(description="predicted KL, nats per probe token, summed over the objective's kinds")
 
 
 class LayerPlan(_Strict):
@@ -237,8 +240,8 @@ class Plan(_Strict):
     granularity: Literal["layer", "head"]
     mode: Literal["threshold", "exact"] = Field(description="slots emerge from epsilon, or meet the share to the slot")
     predicted_ratio: Share
-    predicted_damage: float | None = Field(description="sum of the heads' damage")
-    damage_bound: float | None = Field(description="no allocation of this budget predicts less")
+    predicted_damage: Number | None = Field(description="sum of the heads' damage")
+    damage_bound: Number | None = Field(description="no allocation of this budget predicts less")
     layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
 
     def without_thresholds(self) -> list[int]:
@@ -251,20 +254,20 @@ class Plan(_Strict):
 class Fidelity(_Strict):
     """Next-token distributions with the merged cache against the full cache; intervals are 95% bootstrap over samples."""
 
-    recall_kl: float = Field(description="nats per token; passages of the context repeated")
-    recall_kl_interval: tuple[float, float]
+    recall_kl: Number = Field(description="nats per token; passages of the context repeated")
+    recall_kl_interval: tuple[Number, Number]
     recall_top1: Share = Field(description="how often the most likely token is the same")
-    continuation_kl: float = Field(description="nats per token; the text that follows the context")
-    continuation_kl_interval: tuple[float, float]
+    continuation_kl: Number = Field(description="nats per token; the text that follows the context")
+    continuation_kl_interval: tuple[Number, Number]
     continuation_top1: Share
 
 
 class Achieved(_Strict):
     """Slots over tokens on held-out samples."""
 
-    mean: float
-    std: float
-    worst: float = Field(description="the sample furthest from the budget")
+    mean: Number
+    std: Number
+    worst: Number = Field(description="the sample furthest from the budget")
 
 
 class ModeCheck(_Strict):
@@ -281,7 +284,7 @@ class Check(_Strict):
     exact: ModeCheck
     uniform: ModeCheck = Field(description="every head the same share and policy, met exactly")
     uniform_policy: str
-    bytes_ratio: float = Field(
+    bytes_ratio: Number = Field(
         description="bytes allocated by the merged cache over the full cache's, in the plan's mode"
     )
 

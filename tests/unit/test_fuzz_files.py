@@ -1,7 +1,10 @@
 """Files a user brings, texts, tables and GGUF models, damaged at random: read, or refused in one line."""
 
 import json
+import re
+import struct
 
+import gguf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,3 +77,24 @@ def test_damaged_gguf_files_are_converted_or_refused(data, model_file):
     path.write_bytes(data.draw(damaged(model_file.read_bytes())))
     told = refusal(lambda: convert(path, model_file.with_name("converted")))
     outcomes[f".gguf {'converted' if told is None else 'refused'}"] += 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("embedding_length", 48, "and its header needs"),
+        ("embedding_length", 2**20, "weights, more than its .* bytes can hold"),
+        ("block_count", 2**31 - 1, "its header says 2147483647 layers"),
+        ("feed_forward_length", 80, "and its header needs"),
+    ],
+)
+def test_a_header_that_does_not_fit_the_weights_is_refused(name, value, told, model_file):
+    """Before any memory is asked for, where it would be more than the file's weights could fill."""
+    data = model_file.read_bytes()
+    key = f"llama.{name}".encode() + struct.pack("<I", gguf.GGUFValueType.UINT32)
+    at = data.index(key) + len(key)
+    path = model_file.with_name("other.gguf")
+    path.write_bytes(data[:at] + struct.pack("<I", value) + data[at + 4 :])
+    message = refusal(lambda: convert(path, model_file.with_name("converted")))
+    assert message is not None
+    assert re.search(told, message), message
