@@ -27,7 +27,7 @@ def search(keys, lost, receivers):
     """Cosine and owner of every lost token."""
     kept = (~lost).sum(-1).flatten().tolist()
     tokens = Tokens(keys, keys, None, {}, 0, keys.shape[2])
-    return _most_similar(Losses(tokens, keys[..., 0], lost, ~lost & ~receivers, kept, 0), receivers)
+    return _most_similar(Losses(tokens, keys[..., 0], lost, ~lost & ~receivers, kept, 0, strained=False), receivers)
 
 
 def in_windows(keys, lost, receivers, blocks, window):
