@@ -63,6 +63,13 @@ def test_texts_that_cannot_be_written_again(suffix, text, tmp_path):
     assert "odd" in refusal(lambda: read_file(path, None))
 
 
+def test_a_parquet_file_whose_text_is_no_utf8(texts):
+    folder, whole = texts
+    path = folder / "latin.parquet"
+    path.write_bytes(whole[".parquet"].replace(b"two", b"\x80wo"))
+    assert "as parquet" in refusal(lambda: read_file(path, None))
+
+
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
