@@ -21,6 +21,10 @@ from kvprofile.runtime.masks import MaskRecipe
 MARK = "kvprofile_layer"
 
 
+class UnmarkedKeysError(KVProfileError):
+    """A layer attends to keys that did not come from the cache, so nothing is known of its slots."""
+
+
 class AttendedLayer(Protocol):
     """What the attention function needs of a cache layer."""
 
@@ -130,6 +134,12 @@ def attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
             if own is not None:
                 layer.attended(call, own, None)
                 return own, None
+        elif isinstance(attention_mask, MaskRecipe):
+            # Stock attention would see the tail alone, without a word.
+            raise UnmarkedKeysError(
+                f"{type(module).__name__} attends to keys that no cache holds: over several devices, keys that layers share "
+                "are copied; put the model on one device, or use the stock cache"
+            )
         mask = attention_mask.stock() if isinstance(attention_mask, MaskRecipe) else attention_mask
         result = _stock_attention(implementation, module)(module, query, key, value, mask, **options)
         if layer is not None:

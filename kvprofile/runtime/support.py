@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.slots import Slots
 from kvprofile.offloading import input_device
-from kvprofile.runtime.attention import MARK, AttentionCall
+from kvprofile.runtime.attention import MARK, AttentionCall, UnmarkedKeysError
 from kvprofile.runtime.backends import ragged_attention
 from kvprofile.runtime.blocks import SMALLEST, empty_blocks
 from kvprofile.runtime.masks import LogicalLength
@@ -95,8 +95,13 @@ def find_readers(model: PreTrainedModel) -> dict[int, list[torch.nn.Module]]:
         stock = DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords)
         layers.append(_Probe() if type(stock) is DynamicLayer else stock)
     tokens = torch.arange(1, TOKENS + 1, device=input_device(model))[None]
-    model(tokens, past_key_values=Cache(layers=layers), use_cache=True)
     probes = {index: layer for index, layer in enumerate(layers) if isinstance(layer, _Probe)}
+    try:
+        model(tokens, past_key_values=Cache(layers=layers), use_cache=True)
+    except UnmarkedKeysError:
+        if any(probe.readers for probe in probes.values()):
+            raise
+        # No layer reads what it stores: what that means is said below.
     name = type(model).__name__
     for index, probe in probes.items():
         if probe.stored is None:
