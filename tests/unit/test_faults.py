@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -24,13 +25,18 @@ files.atomic_write(sys.argv[2], "new and longer")
 """
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file of this process grows beyond 4,096 bytes."""
+    """No file of this process grows beyond 4,096 bytes.
+
+    Not a fixture: pytest reports a test before it tears fixtures down, and its own output may be a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -38,9 +44,10 @@ def full_disk():
     [("plan", "--budget", "0.6", "-o", "out.json"), ("report", "-o", "out.html"), ("validate",)],
     ids=lambda arguments: arguments[0],
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(arguments, tiny_profile, tmp_path, monkeypatch, full_disk):
+def test_a_full_disk_is_one_line_and_leaves_nothing(arguments, tiny_profile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run(arguments[0], tiny_profile, *arguments[1:])
+    with full_disk():
+        result = run(arguments[0], tiny_profile, *arguments[1:])
     writes = arguments[0] != "validate"
     assert result.exit_code == int(writes), result.output
     if writes:
