@@ -29,8 +29,8 @@ from kvprofile.files import atomic_write
 from kvprofile.merging.combine import Combination
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection
-from kvprofile.models import LoadedModel
-from kvprofile.profile import Profile
+from kvprofile.models.load import LoadedModel
+from kvprofile.profile.schema import Profile
 
 UNIFORM, DAMAGE = "uniform", "by damage"
 

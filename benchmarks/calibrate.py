@@ -22,7 +22,7 @@ def worker(kind: str, model_name: str, samples: int, tokens: int) -> None:
     import torch
 
     import kvprofile
-    from kvprofile.calibration import CANDIDATES, measure
+    from kvprofile.calibration.calibrate import CANDIDATES, measure
     from kvprofile.merging.sets import RULES
 
     loaded = kvprofile.load_model(model_name)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import kvprofile
+from kvprofile.calibration.tracking import Track
 from kvprofile.evaluate.bench import run_fidelity
 from kvprofile.evaluate.methods import Method
 from kvprofile.evaluate.results import results_of, write_results
 from kvprofile.evaluate.rows import open_store
 from kvprofile.evaluate.run import Choices, facts_of, make_documents
-from kvprofile.models import LoadedModel
-from kvprofile.profile import Profile
-from kvprofile.tracking import Track
+from kvprofile.models.load import LoadedModel
+from kvprofile.profile.schema import Profile
 
 OWN = "the profile's plan"
 

@@ -24,7 +24,8 @@ from kvprofile.evaluate.fidelity import distance, make_trial, read_through
 from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.evaluate.methods import uniform_plan
 from kvprofile.merging.policies import POLICIES
-from kvprofile.plans import MODES, replan
+from kvprofile.names import MODES
+from kvprofile.planning.plans import replan
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 

@@ -30,8 +30,8 @@ def make(layers: int, kv_heads: int, path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import kvprofile
-    from kvprofile.models import LoadedModel
-    from kvprofile.probes import ProbeMix
+    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.models.load import LoadedModel
     from kvprofile.samples import Sample, SampleSet
 
     torch.manual_seed(0)

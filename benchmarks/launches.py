@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from kvprofile import KVMerger
-from kvprofile.calibration import CANDIDATES, measure
-from kvprofile.models import LoadedModel
+from kvprofile.calibration.calibrate import CANDIDATES, measure
+from kvprofile.models.load import LoadedModel
 from kvprofile.runtime.settings import CHUNK
 from kvprofile.samples import Sample
 from tests.pretend_cuda import PretendCuda, on_cuda

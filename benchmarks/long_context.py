@@ -28,10 +28,10 @@ from runtime import RETURNING, resident, table
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvprofile.fingerprint import model_facts
 from kvprofile.merging.policies import POLICIES
+from kvprofile.profile.fingerprint import model_facts
+from kvprofile.profile.unmeasured import unmeasured_values
 from kvprofile.runtime.merger import KVMerger
-from kvprofile.unmeasured import unmeasured_values
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 2, 8, 128, 512
 PIECE = 2048

@@ -20,9 +20,9 @@ from runtime import RETURNING, resident, table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvprofile.calibration import measure
-from kvprofile.models import LoadedModel
-from kvprofile.observe import Observer
+from kvprofile.calibration.calibrate import measure
+from kvprofile.calibration.observe import Observer
+from kvprofile.models.load import LoadedModel
 from kvprofile.samples import Sample
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 32, 8, 128, 512

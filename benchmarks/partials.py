@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kvprofile.calibration import CANDIDATES
-from kvprofile.measure.statistics import Statistics
+from kvprofile.calibration.calibrate import CANDIDATES
+from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.partials import Partial, join
+from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
-from kvprofile.partials import Partial, join
-from kvprofile.probes import ProbeMix
-from kvprofile.profile import Calibration, ModelFacts, PolicyFacts, TextFacts
-from kvprofile.runs import Run
+from kvprofile.profile.schema import Calibration, ModelFacts, PolicyFacts, TextFacts
 
 # Layers, KV heads, tokens of a sample.
 SHAPES = {

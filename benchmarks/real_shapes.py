@@ -29,7 +29,7 @@ def build(folder: Path, alias: str, dtype: str, layers: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from kvprofile.configurations import bundled_configuration
+    from kvprofile.models.configurations import bundled_configuration
 
     fields = bundled_configuration(alias)
     if fields is None:
@@ -54,7 +54,7 @@ def run(folder: Path, dtype: str, arguments: argparse.Namespace) -> dict[str, An
     documents = kvprofile.load_documents("builtin")
     size = {"samples": arguments.samples, "held_out": arguments.held_out, "tokens": arguments.tokens}
     blocks = kvprofile.make_samples(documents, loaded.tokenizer, continuation=256, **size)
-    from kvprofile.tracking import Track
+    from kvprofile.calibration.tracking import Track
 
     stages: dict[str, dict[str, float]] = {}
 

@@ -22,8 +22,8 @@ from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.methods import Method, profile_methods
 from kvprofile.evaluate.tables import main_table
 from kvprofile.merging.policies import POLICIES
-from kvprofile.models import LoadedModel
-from kvprofile.profile import Profile
+from kvprofile.models.load import LoadedModel
+from kvprofile.profile.schema import Profile
 
 
 def methods_of(loaded: LoadedModel, profile: Profile, arguments: argparse.Namespace) -> list[Method]:

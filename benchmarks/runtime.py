@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import kvprofile
-from kvprofile.plans import replan
+from kvprofile.planning.plans import replan
 
 PROFILES = Path(__file__).parent.parent / "profiles"
 STEPS = 32  # a chunk: the runtime merges once in so many steps

@@ -15,25 +15,25 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 import kvprofile
+from kvprofile.calibration.measure import damage as damage_module
+from kvprofile.calibration.measure.damage import BUDGETS, damage
+from kvprofile.calibration.measure.probed import Reading
+from kvprofile.calibration.observe import observing
+from kvprofile.calibration.planting import plant
+from kvprofile.calibration.probes import ProbeMix, make_probe
+from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.evaluate.methods import ANCHOR_EPSILON, Method, uniform_plan
 from kvprofile.evaluate.rows import digest, identity
 from kvprofile.files import atomic_write
-from kvprofile.measure import damage as damage_module
-from kvprofile.measure.damage import BUDGETS, damage
-from kvprofile.measure.probed import Reading
 from kvprofile.merging.affinity import AFFINITIES, Affinity, cosine
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.sets import RULES, find_sets, mergeable_links
 from kvprofile.merging.tokens import Tokens
-from kvprofile.models import LoadedModel
-from kvprofile.observe import observing
-from kvprofile.plans import replan
-from kvprofile.planting import plant
-from kvprofile.probes import ProbeMix, make_probe
-from kvprofile.profile import PolicyFacts, Profile
+from kvprofile.models.load import LoadedModel
+from kvprofile.planning.plans import replan
+from kvprofile.profile.schema import PolicyFacts, Profile
 from kvprofile.samples import Sample
-from kvprofile.sensitivity import read_probe
 
 FINE = np.append(np.arange(6, 231) / 256, 0.9)  # the grid of shares on which heads differ in what they have to keep
 OUT_OF_REACH = 1e6  # nats per token

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from kvprofile import KVMerger
-from kvprofile.fingerprint import model_facts
 from kvprofile.merging.policies import POLICIES
+from kvprofile.profile.fingerprint import model_facts
 from kvprofile.runtime.settings import LayerSetting, Settings
 
 VOCAB, SHARES, SLACK = 512, (0.05, 0.5), 34

@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 
-from kvprofile.allocate import allocate
-from kvprofile.measure.damage import BUDGETS
+from kvprofile.calibration.measure.damage import BUDGETS
+from kvprofile.planning.allocate import allocate
 
 
 def main() -> None:

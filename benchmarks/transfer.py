@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvprofile
-from kvprofile.calibration import CANDIDATES, measure
+from kvprofile.calibration.calibrate import CANDIDATES, measure
+from kvprofile.calibration.planting import Question, plant
+from kvprofile.calibration.probes import ProbeMix
 from kvprofile.evaluate.fidelity import distance, fill, make_trial, read_parts
-from kvprofile.plans import replan
-from kvprofile.planting import Question, plant
-from kvprofile.probes import ProbeMix
+from kvprofile.planning.plans import replan
 from kvprofile.runtime.merger import KVMerger
 
 MIX = ProbeMix(facts=4, lookups=8)
@@ -132,7 +132,7 @@ def prepared(profile: Any) -> Any:
     from dataclasses import asdict
 
     from kvprofile.merging.policies import POLICIES
-    from kvprofile.profile import PolicyFacts
+    from kvprofile.profile.schema import PolicyFacts
 
     facts = profile.statistics.damage.model_copy(
         update={"policies": list(CANDIDATES), "kinds": list(MIX.kinds), **asdict(MIX)}

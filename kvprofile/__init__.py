@@ -5,28 +5,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvprofile.calibration import calibrate
+    from kvprofile.calibration.calibrate import calibrate
     from kvprofile.generation import generate
-    from kvprofile.models import load_model
-    from kvprofile.plans import replan
-    from kvprofile.profile import Profile
+    from kvprofile.models.load import load_model
+    from kvprofile.planning.plans import replan
+    from kvprofile.profile.schema import Profile
+    from kvprofile.profile.storage import load_arrays, load_profile, save_profile
     from kvprofile.runtime.merger import KVMerger
     from kvprofile.samples import load_documents, make_samples
-    from kvprofile.storage import load_arrays, load_profile, save_profile
 
 # Names are imported when first used: `import kvprofile` and `kvprofile --help` load no torch.
 _HOMES = {
     "KVMerger": "kvprofile.runtime.merger",
-    "Profile": "kvprofile.profile",
-    "calibrate": "kvprofile.calibration",
+    "Profile": "kvprofile.profile.schema",
+    "calibrate": "kvprofile.calibration.calibrate",
     "generate": "kvprofile.generation",
-    "load_arrays": "kvprofile.storage",
+    "load_arrays": "kvprofile.profile.storage",
     "load_documents": "kvprofile.samples",
-    "load_model": "kvprofile.models",
-    "load_profile": "kvprofile.storage",
+    "load_model": "kvprofile.models.load",
+    "load_profile": "kvprofile.profile.storage",
     "make_samples": "kvprofile.samples",
-    "replan": "kvprofile.plans",
-    "save_profile": "kvprofile.storage",
+    "replan": "kvprofile.planning.plans",
+    "save_profile": "kvprofile.profile.storage",
 }
 
 __all__ = [

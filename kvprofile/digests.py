@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvprofile
-from kvprofile.offloading import offloaded_weight
+from kvprofile.models.offloading import offloaded_weight
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kvprofile.context_length import beyond_context, longest_text
-from kvprofile.device_memory import explaining_memory
 from kvprofile.errors import KVProfileError, UsageError
-from kvprofile.offloading import input_device
-from kvprofile.profile import Profile
+from kvprofile.models.context_length import beyond_context, longest_text
+from kvprofile.models.device_memory import explaining_memory
+from kvprofile.models.offloading import input_device
+from kvprofile.profile.schema import Profile
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 

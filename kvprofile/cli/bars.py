@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from kvprofile.tracking import Pace, Track
+from kvprofile.calibration.tracking import Pace, Track
 
 T = TypeVar("T")
 

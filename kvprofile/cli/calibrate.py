@@ -10,7 +10,6 @@ from kvprofile.cli.calibrating import calibrate as run
 from kvprofile.cli.common import check_loudness, say, warn
 from kvprofile.cli.options import (
     BUDGET,
-    POLICY_NAMES,
     complete_model,
     model_options,
     plan_choices,
@@ -18,6 +17,7 @@ from kvprofile.cli.options import (
     shard_of,
     speech_options,
 )
+from kvprofile.names import POLICY_NAMES
 
 
 @click.command(short_help="Measure MODEL and write its profile.")
@@ -166,12 +166,12 @@ def _estimate(
     size: dict[str, Any],
 ) -> None:
     """Print what the run would cost, from the model's configuration alone."""
-    from kvprofile import terminal
-    from kvprofile.calibration import candidates_for
-    from kvprofile.context_length import beyond_context, longest_text
-    from kvprofile.estimate import estimate
-    from kvprofile.models import load_config
-    from kvprofile.probes import ProbeMix
+    from kvprofile.calibration.calibrate import candidates_for
+    from kvprofile.calibration.estimate import estimate
+    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.models.context_length import beyond_context, longest_text
+    from kvprofile.models.load import load_config
+    from kvprofile.report import terminal
 
     mix = ProbeMix.parse(probes)
     config = load_config(model, options["revision"], log=say)

@@ -14,9 +14,9 @@ from kvprofile.cli.common import check_model, check_writable, load, log_of, peak
 from kvprofile.errors import KVProfileError, UsageError
 
 if TYPE_CHECKING:
-    from kvprofile.models import LoadedModel
+    from kvprofile.calibration.workers import Workers
+    from kvprofile.models.load import LoadedModel
     from kvprofile.samples import SampleSet
-    from kvprofile.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Request:
     @property
     def partial(self) -> Path:
         """The folder of what has been measured."""
-        from kvprofile.partials import partial_path
+        from kvprofile.calibration.partials import partial_path
 
         return partial_path(self.output)
 
@@ -69,7 +69,7 @@ def output_of(model: str) -> Path:
 
 def calibrate(request: Request) -> None:
     """Do what was asked for. Under a launcher this is one of several processes, and the first speaks for all."""
-    from kvprofile.workers import announced, joined
+    from kvprofile.calibration.workers import announced, joined
 
     check_model(request.model, request.options)  # a wrong name is told before the text is read
     workers = announced()
@@ -126,14 +126,14 @@ def _check(request: Request, workers: "Workers") -> None:
 
 def _there(request: Request) -> list[Path]:
     """The wanted samples' files that are there; of a whole run all that are there."""
-    from kvprofile.partials import sample_files
+    from kvprofile.calibration.partials import sample_files
 
     return sample_files(request.partial, None if request.shard is None else request.wanted)
 
 
 def _load(request: Request, workers: "Workers", quiet: bool) -> tuple["LoadedModel", "SampleSet"]:
+    from kvprofile.calibration.workers import idle_gpus
     from kvprofile.samples import load_documents, make_samples
-    from kvprofile.workers import idle_gpus
 
     log, detail = log_of(quiet), log_of(quiet or not request.verbose)
     documents = load_documents(request.data, column=request.column, seed=request.seed)
@@ -159,7 +159,7 @@ def _load(request: Request, workers: "Workers", quiet: bool) -> tuple["LoadedMod
 
 def _begin(request: Request, quiet: bool) -> None:
     """Go on with what is there, or remove it."""
-    from kvprofile.partials import remove_samples
+    from kvprofile.calibration.partials import remove_samples
 
     log = log_of(quiet)
     if not request.resume:
@@ -178,8 +178,8 @@ def _shard(
     workers: "Workers",
     quiet: bool,
 ) -> None:
-    from kvprofile.calibration import calibrate_shard
-    from kvprofile.probes import ProbeMix
+    from kvprofile.calibration.calibrate import calibrate_shard
+    from kvprofile.calibration.probes import ProbeMix
 
     measured = calibrate_shard(
         loaded,
@@ -201,12 +201,12 @@ def _shard(
 
 
 def _profile(request: Request, loaded: "LoadedModel", samples: "SampleSet", workers: "Workers", quiet: bool) -> None:
-    from kvprofile import terminal
-    from kvprofile.calibration import calibrate as run
-    from kvprofile.partials import remove_samples
-    from kvprofile.probes import ProbeMix
+    from kvprofile.calibration.calibrate import calibrate as run
+    from kvprofile.calibration.partials import remove_samples
+    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.profile.storage import save_profile
+    from kvprofile.report import terminal
     from kvprofile.report.budgets import costs
-    from kvprofile.storage import save_profile
 
     profile, arrays = run(
         loaded,

@@ -11,8 +11,8 @@ import click
 from kvprofile.errors import KVProfileError, UsageError
 
 if TYPE_CHECKING:
-    from kvprofile.models import LoadedModel
-    from kvprofile.tracking import Track
+    from kvprofile.calibration.tracking import Track
+    from kvprofile.models.load import LoadedModel
 
 
 def say(message: str) -> None:
@@ -41,8 +41,8 @@ def check_model(model: str, options: dict[str, Any]) -> None:
 
     Raises UsageError.
     """
-    from kvprofile.model_names import resolve
-    from kvprofile.models import check_placement
+    from kvprofile.models.load import check_placement
+    from kvprofile.models.names import resolve
 
     resolve(model, options["revision"])
     check_placement(options["device"], options["dtype"], options["device_map"])
@@ -52,8 +52,8 @@ def load(model: str, options: dict[str, Any], log: Callable[[str], None], *, ver
     """Load a model as the `model_options` say; transformers' warnings are shown if `verbose`."""
     import transformers
 
-    from kvprofile.context_length import ContextLengthWarning
-    from kvprofile.models import load_model
+    from kvprofile.models.context_length import ContextLengthWarning
+    from kvprofile.models.load import load_model
 
     (transformers.logging.set_verbosity_warning if verbose else transformers.logging.set_verbosity_error)()
     # A command that reads text says so itself, before it reads.
@@ -63,7 +63,7 @@ def load(model: str, options: dict[str, Any], log: Callable[[str], None], *, ver
 
 def peak_memory(loaded: "LoadedModel") -> str:
     """The most memory held of each CUDA device the model lies on, or without one by this process, for people."""
-    from kvprofile.device_memory import device_peaks
+    from kvprofile.models.device_memory import device_peaks
 
     if found := device_peaks(loaded.model):
         return ", ".join(f"{size / 2**30:.1f} GiB on {device}" for device, size in found.items())

@@ -19,16 +19,16 @@ def doctor(ctx: click.Context, device: str | None, as_json: bool) -> None:
     With --device, tiny random models are calibrated and generate there in every dtype of the device, and each back end is
     compared with attention in float64. Nothing is fetched; it takes less than a minute.
     """
-    from kvprofile import terminal
+    from kvprofile.report import terminal
 
     if device is not None:
-        from kvprofile.selftest import self_test
+        from kvprofile.doctor.selftest import self_test
 
         tried = self_test(device)
         terminal.self_test(tried, as_json)
         problems = tried.problems
     else:
-        from kvprofile.doctor import examine
+        from kvprofile.doctor.environment import examine
 
         found = examine()
         terminal.doctor(found, as_json)

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from kvprofile.cli.common import check_model, check_writable, load, log_of, track_of, warn
-from kvprofile.cli.options import BUDGET, POLICY_NAMES, complete_model, model_options
+from kvprofile.cli.options import BUDGET, complete_model, model_options
 from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.names import POLICY_NAMES
 
 FIELD = ("h2o", "snapkv", "streaming", "kvmerger")
 ALL = "all"
@@ -174,8 +175,8 @@ def evaluate(
         check_writable(output.with_suffix(suffix), force)
     check_model(model, options)
     from kvprofile.evaluate.tasks import named_task
+    from kvprofile.profile.storage import load_profile
     from kvprofile.samples.load import check_text, named_text
-    from kvprofile.storage import load_profile
 
     for task in tasks if examples else ():
         named_task(task)

@@ -24,9 +24,9 @@ def export(profile: Path, target: str, output: Path, force: bool, quiet: bool) -
     Example:
       kvprofile export profile.json --to kvpress -o ratios.json
     """
-    from kvprofile.export import FORMATS
     from kvprofile.files import atomic_write
-    from kvprofile.storage import load_profile
+    from kvprofile.profile.export import FORMATS
+    from kvprofile.profile.storage import load_profile
 
     check_writable(output, force)
     atomic_write(output, FORMATS[target](load_profile(profile)))

@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from kvprofile.cli.common import check_loudness, check_model, load, log_of, warn
-from kvprofile.cli.options import PLAN_FLAGS, complete_model, model_options, speech_options
+from kvprofile.cli.options import complete_model, model_options, speech_options
 from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.names import MODES
 
 
 @click.command(short_help="Generate text with MODEL and a merged cache.")
@@ -34,7 +35,7 @@ from kvprofile.errors import KVProfileError, UsageError
     show_default=True,
     help="Stop after so many tokens, or where the model ends.",
 )
-@click.option("--mode", type=click.Choice(PLAN_FLAGS["mode"][0]), help="Override the plan's mode.")
+@click.option("--mode", type=click.Choice(MODES), help="Override the plan's mode.")
 @click.option("--sample", is_flag=True, help="Sample instead of taking the most likely token.")
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed for --sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, slots and bytes as JSON on stdout.")
@@ -66,7 +67,7 @@ def generate(
     check_loudness(quiet, verbose)
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the prompt with exactly one of --prompt and --prompt-file")
-    from kvprofile.storage import load_profile
+    from kvprofile.profile.storage import load_profile
 
     text = prompt if prompt is not None else prompt_file.read()
     if not text:
@@ -74,8 +75,8 @@ def generate(
     check_model(model, options)
     if profile is not None:
         load_profile(profile)  # what is wrong with it is told before torch and the model are loaded
-    from kvprofile import terminal
     from kvprofile.generation import generate as run
+    from kvprofile.report import terminal
 
     loaded = load(model, options, log_of(quiet), verbose=verbose)
     result = run(

@@ -28,7 +28,7 @@ class Group(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except (MemoryError, RuntimeError) as error:
-            from kvprofile.device_memory import is_memory
+            from kvprofile.models.device_memory import is_memory
 
             if not is_memory(error):
                 raise

@@ -13,9 +13,9 @@ from kvprofile.cli.options import BUDGET, complete_model, model_options, plan_ch
 from kvprofile.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvprofile.measure.statistics import Statistics
-    from kvprofile.profile import Profile
-    from kvprofile.runs import Run
+    from kvprofile.calibration.measure.statistics import Statistics
+    from kvprofile.calibration.runs import Run
+    from kvprofile.profile.schema import Profile
 
 
 @click.command(short_help="Join the shards of a calibration.")
@@ -67,11 +67,11 @@ def merge(
       kvprofile merge node1/p.partial node2/p.partial -o profile.json --budget 0.25
       kvprofile merge p.partial -o profile.json --check ./my-llama --data corpus.jsonl --column text
     """
-    from kvprofile import terminal
-    from kvprofile.assemble import make_profile
-    from kvprofile.partials import join
+    from kvprofile.calibration.assemble import make_profile
+    from kvprofile.calibration.partials import join
+    from kvprofile.profile.storage import save_profile
+    from kvprofile.report import terminal
     from kvprofile.report.budgets import costs
-    from kvprofile.storage import save_profile
 
     started = time.perf_counter()
     check_loudness(quiet, verbose)
@@ -109,8 +109,8 @@ def _checked(
     verbose: bool,
 ) -> "Profile":
     """The profile with its check, made with the model and text that were measured."""
+    from kvprofile.calibration.runs import check_same
     from kvprofile.evaluate.check import check_profile
-    from kvprofile.runs import check_same
     from kvprofile.samples import load_documents, make_samples
 
     facts = run.calibration

@@ -5,61 +5,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kvprofile.names import BUDGET_RULES, GRANULARITIES, MODES, OBJECTIVES
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Kept in step with the modules they name by a test: importing those here would load torch.
-POLICY_NAMES = (
-    "auto",
-    "gauss",
-    "attention",
-    "absorb",
-    "gather",
-    "gather-mended",
-    "average",
-    "pivot",
-    "pivot-key",
-    "kvmerger",
-    "kvmerger-printed",
-    "h2o",
-    "value-attention",
-    "snapkv",
-    "snapkv-128",
-    "streaming",
-    "cam",
-    "cam-drawn",
-    "d2o",
-    "look-m-average",
-    "look-m-pivot",
-    "look-m-weighted",
-    "keepkv",
-    "zsmerge",
-    "keydiff",
-    "nestedkv",
-    "expected-attention",
-    "grkv",
-    "random",
-    "gauss-off",
-    "absorb-off",
-    "pivot-off",
-    "kvmerger-off",
-    "zsmerge-off",
-)
 # Their sets need thresholds that only a calibration with them measures.
 CALIBRATED_WITH = ("kvmerger", "kvmerger-printed", "kvmerger-off")
 PLAN_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "rule": (
-        ("damage", "uniform", "common", "pyramidkv", "dynamickv", "prefixkv", "cake", "squeeze"),
+        BUDGET_RULES,
         "How the budget is spent: by measured damage, alike, by one threshold for all, or as published.",
     ),
     "objective": (
-        ("balanced", "recall", "continuation", "all"),
+        OBJECTIVES,
         "Which damage counts: of looking back, of going on, both, or planted lines (--probes) as well.",
     ),
-    "granularity": (("head", "layer"), "What gets a share of its own: every KV head or every layer."),
-    "mode": (("exact", "threshold"), "Meet shares to the slot, or let slots emerge from thresholds."),
+    "granularity": (GRANULARITIES, "What gets a share of its own: every KV head or every layer."),
+    "mode": (MODES, "Meet shares to the slot, or let slots emerge from thresholds."),
 }
 
 
@@ -110,7 +75,7 @@ class Budget(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The share as a number; raises UsageError for a number that is none."""
         from kvprofile.errors import UsageError
-        from kvprofile.solve import check_budget
+        from kvprofile.planning.solve import check_budget
 
         text = str(value).strip()
         try:
@@ -132,7 +97,7 @@ def complete_model(_ctx: click.Context, _param: click.Parameter, incomplete: str
     """The aliases that begin so, and the files."""
     from click.shell_completion import CompletionItem
 
-    from kvprofile.model_names import known_models
+    from kvprofile.models.names import known_models
 
     found = [CompletionItem(alias.name) for alias in known_models() if alias.name.startswith(incomplete.lower())]
     return [*found, CompletionItem(incomplete, type="file")]

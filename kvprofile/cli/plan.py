@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvprofile.cli.common import check_writable, log_of
-from kvprofile.cli.options import BUDGET, CALIBRATED_WITH, POLICY_NAMES, plan_choices, plan_options, quiet_option
+from kvprofile.cli.options import BUDGET, CALIBRATED_WITH, plan_choices, plan_options, quiet_option
 from kvprofile.errors import UsageError
+from kvprofile.names import POLICY_NAMES
 
 if TYPE_CHECKING:
-    from kvprofile.profile import Profile
+    from kvprofile.profile.schema import Profile
 
 
 @click.command()
@@ -43,10 +44,10 @@ def plan(
       kvprofile plan profile.json --budget 0.25 -o quarter.json
       kvprofile plan profile.json --budget 0.25 --rule pyramidkv --policy snapkv -o pyramid.json
     """
-    from kvprofile import terminal
-    from kvprofile.plans import replan
-    from kvprofile.rules import PUBLISHED
-    from kvprofile.storage import load_arrays, load_profile, save_planned
+    from kvprofile.planning.plans import replan
+    from kvprofile.planning.rules import PUBLISHED
+    from kvprofile.profile.storage import load_arrays, load_profile, save_planned
+    from kvprofile.report import terminal
 
     check_writable(output, force)
     loaded = load_profile(profile)

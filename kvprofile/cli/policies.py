@@ -7,8 +7,8 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON on stdout.")
 def policies(as_json: bool) -> None:
     """List the policies by name: which tokens lose their slots first, and what becomes of them (docs/policies.md)."""
-    from kvprofile import terminal
     from kvprofile.merging.policies import POLICIES
+    from kvprofile.report import terminal
 
     rows = [
         {

@@ -15,9 +15,9 @@ def show(profile: Path, as_json: bool) -> None:
     Example:
       kvprofile show profile.json
     """
-    from kvprofile import terminal
+    from kvprofile.profile.storage import load_profile
+    from kvprofile.report import terminal
     from kvprofile.report.budgets import arrays_beside, costs
-    from kvprofile.storage import load_profile
 
     loaded = load_profile(profile)
     if as_json:

@@ -29,9 +29,9 @@ def validate(profile: Path, model: str | None, revision: str | None, quiet: bool
       kvprofile validate profile.json
       kvprofile validate profile.json --model smollm2-135m
     """
-    from kvprofile.fingerprint import model_facts
-    from kvprofile.models import load_config
-    from kvprofile.storage import load_arrays, load_profile
+    from kvprofile.models.load import load_config
+    from kvprofile.profile.fingerprint import model_facts
+    from kvprofile.profile.storage import load_arrays, load_profile
 
     loaded = load_profile(profile)
     if loaded.statistics.arrays is not None:

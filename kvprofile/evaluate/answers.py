@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from kvprofile.evaluate.fidelity import negative_log_likelihood
 from kvprofile.evaluate.prompts import Reading
-from kvprofile.offloading import input_device
+from kvprofile.models.offloading import input_device
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvprofile.device_memory import explaining_memory
+from kvprofile.calibration.planting import plant
+from kvprofile.calibration.tracking import Track, untracked
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.answers import answer
 from kvprofile.evaluate.fidelity import distance, make_trial, negative_log_likelihood, read_parts
@@ -19,12 +20,11 @@ from kvprofile.evaluate.methods import FULL, Method
 from kvprofile.evaluate.prompts import Reading, make_reading
 from kvprofile.evaluate.rows import Row, Store, digest, identity
 from kvprofile.evaluate.tasks.task import Example, Task
-from kvprofile.fingerprint import model_facts
-from kvprofile.models import LoadedModel
-from kvprofile.planting import plant
+from kvprofile.models.device_memory import explaining_memory
+from kvprofile.models.load import LoadedModel
+from kvprofile.profile.fingerprint import model_facts
 from kvprofile.runtime.cache import MergedCache, allocated_bytes
 from kvprofile.samples import Sample
-from kvprofile.tracking import Track, untracked
 
 FIDELITY = "fidelity"
 RECALL, LOOKUP, CONTINUATION = PARTS = ("recall", "look-up", "continuation")

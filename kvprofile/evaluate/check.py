@@ -9,17 +9,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvprofile.device_memory import explaining_memory
+from kvprofile.calibration.hidden_states import count_layers, counting_layers
+from kvprofile.calibration.tracking import Parts, Track, untracked
+from kvprofile.calibration.workers import ALONE, Workers
 from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, read_through
 from kvprofile.evaluate.intervals import bootstrap
-from kvprofile.hidden_states import count_layers, counting_layers
-from kvprofile.plans import replan
-from kvprofile.profile import Achieved, Check, Fidelity, ModeCheck, Profile
+from kvprofile.models.device_memory import explaining_memory
+from kvprofile.planning.plans import replan
+from kvprofile.profile.schema import Achieved, Check, Fidelity, ModeCheck, Profile
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 from kvprofile.samples import Sample
-from kvprofile.tracking import Parts, Track, untracked
-from kvprofile.workers import ALONE, Workers
 
 FIGURES = 6  # of one sample through one merger
 READS = 3  # forwards of one sample through one cache: its context, recall, continuation

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvprofile.offloading import input_device
+from kvprofile.models.offloading import input_device
 
 PASSAGES = 4
 PASSAGE_TOKENS = 48

@@ -7,8 +7,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kvprofile.merging.policies import POLICIES, Policy
-from kvprofile.plans import replan
-from kvprofile.profile import Profile
+from kvprofile.planning.plans import replan
+from kvprofile.profile.schema import Profile
 
 FULL = "full cache"
 ANCHOR_EPSILON = 0.75

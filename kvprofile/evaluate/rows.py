@@ -13,17 +13,17 @@ import transformers
 import kvprofile
 from kvprofile.digests import code_digest, weights_digest
 from kvprofile.errors import KVProfileError
-from kvprofile.fingerprint import model_facts
-from kvprofile.models import LoadedModel
-from kvprofile.offloading import input_device
+from kvprofile.models.load import LoadedModel
+from kvprofile.models.offloading import input_device
+from kvprofile.profile.fingerprint import model_facts
 
 # Code that decides no measurement: what it makes (models, texts, plans, tasks' examples) is hashed itself.
 MAKERS = tuple(
     f"kvprofile.{name}"
     for name in (
-        *("gguf_models", "model_names", "models", "samples", "planting", "evaluate.tasks"),
-        *("allocate", "plans", "profile", "rules", "solve"),
-        *("errors", "evaluate.rows", "files", "tracking"),
+        *("models.gguf", "models.names", "models.load", "samples", "calibration.planting", "evaluate.tasks"),
+        *("planning", "profile.schema"),
+        *("errors", "evaluate.rows", "files", "calibration.tracking"),
     )
 )
 

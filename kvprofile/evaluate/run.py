@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvprofile.context_length import beyond_context, longest_text
+from kvprofile.calibration.tracking import Track, untracked
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.bench import FIDELITY, run_fidelity, run_task
 from kvprofile.evaluate.methods import Method, profile_methods, uniform_methods
 from kvprofile.evaluate.prompts import encode, uses_template
 from kvprofile.evaluate.rows import Row, Store, identity
 from kvprofile.evaluate.tasks import TASKS, Request, named_task
-from kvprofile.fingerprint import model_facts
-from kvprofile.models import LoadedModel
-from kvprofile.profile import Profile
+from kvprofile.models.context_length import beyond_context, longest_text
+from kvprofile.models.load import LoadedModel
+from kvprofile.profile.fingerprint import model_facts
+from kvprofile.profile.schema import Profile
+from kvprofile.profile.storage import load_arrays, load_profile
 from kvprofile.samples import Sample, load_documents, make_samples
 from kvprofile.samples.builtin import SHARES
 from kvprofile.samples.load import named_text
-from kvprofile.storage import load_arrays, load_profile
-from kvprofile.tracking import Track, untracked
 
 CONTINUATION = 256
 SEED_OFFSET = 1000

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from kvprofile.merging.host import places_of
 from kvprofile.merging.slots import Slots
-
-SIGMAS = ("mean", "rms")
-BIASES = ("count", "attention", "none")
+from kvprofile.names import BIASES, SIGMAS
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.files import lies_at
-from kvprofile.plans import solver_of, total
-from kvprofile.profile import Profile
-from kvprofile.storage import load_arrays
+from kvprofile.planning.plans import solver_of, total
+from kvprofile.profile.schema import Profile
+from kvprofile.profile.storage import load_arrays
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

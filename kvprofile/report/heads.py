@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.plans import OBJECTIVES
-from kvprofile.profile import Profile
+from kvprofile.planning.plans import OBJECTIVES
+from kvprofile.profile.schema import Profile
 
 SHOWN = 6  # similarity maps
 

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from kvprofile.errors import KVProfileError, MismatchError, UsageError
 from kvprofile.files import atomic_write
-from kvprofile.profile import Profile
+from kvprofile.profile.schema import Profile
+from kvprofile.profile.storage import load_profile
 from kvprofile.report import captions
 from kvprofile.report.budgets import BYTES, arrays_beside, costs, merged_bytes
 from kvprofile.report.compare import compared, difference_caption, differing
@@ -24,7 +25,6 @@ from kvprofile.report.page_data import page_data, sliding_layers
 from kvprofile.report.plan_maps import policy_names, slots_map
 from kvprofile.report.style import NARROW, WIDE, inline_svg, png
 from kvprofile.report.verdict import check_table, evidence, tiles, verdict
-from kvprofile.storage import load_profile
 
 LISTED = 10  # heads at each end of the ranking
 

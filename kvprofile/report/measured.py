@@ -1,7 +1,7 @@
 """What the check measured, read off the profile."""
 
-from kvprofile.plans import OBJECTIVES
-from kvprofile.profile import Fidelity, ModeCheck, Profile
+from kvprofile.planning.plans import OBJECTIVES
+from kvprofile.profile.schema import Fidelity, ModeCheck, Profile
 
 
 def own_check(profile: Profile) -> ModeCheck:

@@ -9,9 +9,10 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from kvprofile.allocate import STEPS, lower_envelope
-from kvprofile.plans import AUTO, OBJECTIVES, damage_curves, protected_share
-from kvprofile.profile import Profile
+from kvprofile.names import AUTO
+from kvprofile.planning.allocate import STEPS, lower_envelope
+from kvprofile.planning.plans import OBJECTIVES, damage_curves, protected_share
+from kvprofile.profile.schema import Profile
 from kvprofile.report.budgets import BYTES
 from kvprofile.report.figures import Subject
 from kvprofile.report.heads import median_cosine

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
-from kvprofile.profile import HeadPlan, Profile
+from kvprofile.profile.schema import HeadPlan, Profile
 from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot, part
 
 Colour = tuple[float, ...]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvprofile.profile import Fidelity, Profile
+from kvprofile.profile.schema import Fidelity, Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.judgement import judge, prediction_remark
 from kvprofile.report.measured import kinds_of, measured_damage, own_check

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from kvprofile.context_length import ContextLengthWarning, beyond_context, longest_text
 from kvprofile.errors import KVProfileError
+from kvprofile.models.context_length import ContextLengthWarning, beyond_context, longest_text
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.layer import MergedLayer
 from kvprofile.runtime.settings import LayerSetting

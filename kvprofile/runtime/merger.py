@@ -8,15 +8,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvprofile.errors import KVProfileError
-from kvprofile.fingerprint import check_fit, model_facts
-from kvprofile.profile import Profile
+from kvprofile.profile.fingerprint import check_fit, model_facts
+from kvprofile.profile.schema import Profile
+from kvprofile.profile.storage import load_profile, profile_of
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.cache import MergedCache
 from kvprofile.runtime.default import dismiss, serve
 from kvprofile.runtime.install import check_kind, install, restore
 from kvprofile.runtime.settings import Settings
 from kvprofile.runtime.watch import refuse_compiled
-from kvprofile.storage import load_profile, profile_of
 
 
 class KVMerger:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.merging.policies import Policy
-from kvprofile.profile import MODES, LayerPlan, PolicyFacts, Profile
+from kvprofile.names import MODES
+from kvprofile.profile.schema import LayerPlan, PolicyFacts, Profile
 
 CHUNK = 32  # tokens that age before they are merged; stored slots exceed the plan by no more, protected tokens aside
 LONGEST_CHUNK = 64  # the same for heads with shares of less than a slot in 32 tokens

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.slots import Slots
-from kvprofile.offloading import input_device
+from kvprofile.models.offloading import input_device
 from kvprofile.runtime.attention import MARK, AttentionCall, UnmarkedKeysError
 from kvprofile.runtime.backends import ragged_attention
 from kvprofile.runtime.blocks import SMALLEST, empty_blocks

@@ -7,7 +7,7 @@ import torch
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens, newest_queries
-from kvprofile.profile import PolicyFacts, Profile
+from kvprofile.profile.schema import PolicyFacts, Profile
 from kvprofile.runtime.blocks import Blocks
 
 WINDOWS = (32, 128)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprofile import allocate as module
-from kvprofile.allocate import allocate
+from kvprofile.calibration.measure.damage import BUDGETS
 from kvprofile.errors import MismatchError, UsageError
-from kvprofile.measure.damage import BUDGETS
+from kvprofile.planning import allocate as module
+from kvprofile.planning.allocate import allocate
 from tests.unit.reference import PROPERTY
 
 COARSE = 8

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprofile import KVMerger
+from kvprofile.calibration.measure.probed import Probed, Reading
+from kvprofile.calibration.observe import _WatchedLayer, observing
+from kvprofile.calibration.probes import KINDS, Probe
+from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.errors import KVProfileError
-from kvprofile.fingerprint import model_facts
-from kvprofile.measure.probed import Probed, Reading
-from kvprofile.observe import _WatchedLayer, observing
-from kvprofile.probes import KINDS, Probe
+from kvprofile.profile.fingerprint import model_facts
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.install import install, restore
 from kvprofile.runtime.settings import CHUNK, LONGEST_CHUNK
-from kvprofile.sensitivity import read_probe
 from tests.unit.architectures import REFUSED, SUPPORTED, build
 from tests.unit.merge_reference import read, relative_error
 from tests.unit.test_runtime_merged import check_against_reference

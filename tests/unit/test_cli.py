@@ -218,7 +218,7 @@ def test_ctrl_c_before_the_first_sample_leaves_nothing(tiny_folder, tiny_text_fi
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvprofile.models.load_model", interrupted)
+    monkeypatch.setattr("kvprofile.models.load.load_model", interrupted)
     result = run("calibrate", tiny_folder, "--data", tiny_text_file, "-o", tmp_path / "p.json")
     assert result.exit_code == 130
     assert result.stderr == "Interrupted. Nothing was written.\n"
@@ -238,7 +238,7 @@ def test_a_lack_of_memory_is_one_line(error, monkeypatch, tiny_folder):
     def lack(*_args, **_options):
         raise error
 
-    monkeypatch.setattr("kvprofile.models.load_model", lack)
+    monkeypatch.setattr("kvprofile.models.load.load_model", lack)
     result = run("generate", tiny_folder, "--prompt", "Once")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: out of memory; ")

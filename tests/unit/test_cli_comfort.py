@@ -9,11 +9,12 @@ import sys
 
 import pytest
 
-from kvprofile import doctor as doctor_module
-from kvprofile import load_profile, terminal
+from kvprofile import load_profile
 from kvprofile.cli.common import track_of
-from kvprofile.profile import HeadPlan
-from kvprofile.terminal import bar
+from kvprofile.doctor import environment as doctor_module
+from kvprofile.profile.schema import HeadPlan
+from kvprofile.report import terminal
+from kvprofile.report.terminal import bar
 from tests.unit.builders import build_profile
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused

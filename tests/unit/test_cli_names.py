@@ -8,36 +8,28 @@ from typing import get_args
 
 import pytest
 
-from kvprofile import cli, plans, solve
+from kvprofile import cli, names
+from kvprofile.calibration.probes import ProbeMix
 from kvprofile.cli import options
 from kvprofile.merging.policies import POLICIES
-from kvprofile.probes import ProbeMix
-from kvprofile.profile import Plan
-from kvprofile.runtime import settings
+from kvprofile.planning import plans, rules
+from kvprofile.profile.schema import Plan
 
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "seaborn", "safetensors", "tokenizers"}
 
 
 def test_every_policy_has_its_name_on_the_command_line():
-    assert (plans.AUTO, *POLICIES) == options.POLICY_NAMES
+    assert (names.AUTO, *POLICIES) == names.POLICY_NAMES
 
 
 def test_every_way_to_spend_a_budget_has_its_flag():
-    known = {
-        "rule": plans.RULES,
-        "objective": tuple(plans.OBJECTIVES),
-        "granularity": solve.GRANULARITIES,
-        "mode": plans.MODES,
-    }
-    assert {name: set(choices) for name, (choices, _) in options.PLAN_FLAGS.items()} == {
-        name: set(values) for name, values in known.items()
-    }
+    assert set(rules.PUBLISHED) < set(names.BUDGET_RULES)
+    assert tuple(plans.OBJECTIVES) == names.OBJECTIVES
     for name, (choices, text) in options.PLAN_FLAGS.items():
         assert len(set(choices)) == len(choices)
         assert text.endswith(".")
         # What can be asked for can be written down.
         assert set(get_args(Plan.model_fields[name].annotation)) == set(choices)
-    assert set(settings.MODES) == set(plans.MODES)
 
 
 def _loaded(code):

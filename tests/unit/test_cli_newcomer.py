@@ -7,12 +7,13 @@ import sys
 import pytest
 
 from kvprofile import load_profile
-from kvprofile.cli.options import CALIBRATED_WITH, POLICY_NAMES
+from kvprofile.cli.options import CALIBRATED_WITH
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.tasks import TASKS
 from kvprofile.files import atomic_write, check_writable
 from kvprofile.merging.policies import POLICIES
-from kvprofile.model_names import known_models
+from kvprofile.models.names import known_models
+from kvprofile.names import POLICY_NAMES
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
 from tests.unit.test_cli_comfort import _complete

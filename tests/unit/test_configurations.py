@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from huggingface_hub import errors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvprofile import models
 from kvprofile.cli import main
-from kvprofile.configurations import bundled_configuration
 from kvprofile.errors import KVProfileError
-from kvprofile.fingerprint import model_facts
-from kvprofile.model_names import known_models, resolve
-from kvprofile.models import load_config, stored_dtype
+from kvprofile.models import load as models
+from kvprofile.models.configurations import bundled_configuration
+from kvprofile.models.load import load_config, stored_dtype
+from kvprofile.models.names import known_models, resolve
+from kvprofile.profile.fingerprint import model_facts
 from tests.unit.test_models import COMMIT, http_error, raising
 
 # Parameters in billions as the model cards and reports give them, to three digits.

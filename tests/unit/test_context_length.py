@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, Qwen2Config
 
-from kvprofile import KVMerger, calibration
-from kvprofile.context_length import ContextLengthWarning, longest_text
+from kvprofile import KVMerger
+from kvprofile.calibration import calibrate as calibration
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate import run as evaluation
+from kvprofile.models.context_length import ContextLengthWarning, longest_text
 from tests.unit.conftest import run, save_tiny_model
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
 

@@ -6,18 +6,19 @@ import torch
 from scipy.special import log_softmax, softmax
 from transformers import DynamicCache
 
-from kvprofile import KVMerger, sensitivity
+from kvprofile import KVMerger
+from kvprofile.calibration import sensitivity
+from kvprofile.calibration.measure import damage as module
+from kvprofile.calibration.measure import probed
+from kvprofile.calibration.measure.damage import BUDGETS, DamageCurves, damage
+from kvprofile.calibration.measure.probed import Reading
+from kvprofile.calibration.observe import observing
+from kvprofile.calibration.probes import Probe, ProbeMix, make_probe
+from kvprofile.calibration.sensitivity import DRAWS, _gradients, read_probe
 from kvprofile.errors import KVProfileError
-from kvprofile.measure import damage as module
-from kvprofile.measure import probed
-from kvprofile.measure.damage import BUDGETS, DamageCurves, damage
-from kvprofile.measure.probed import Reading
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
 from kvprofile.merging.sets import RULES
-from kvprofile.observe import observing
-from kvprofile.probes import Probe, ProbeMix, make_probe
-from kvprofile.sensitivity import DRAWS, _gradients, read_probe
 from tests.unit.architectures import build
 from tests.unit.merge_reference import relative_error
 from tests.unit.tiny_models import head, profile_values, tiny_model, tiny_text

@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from kvprofile.device_memory import explaining_memory
+from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.partials import partial_path, sample_files
+from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.errors import KVProfileError
-from kvprofile.measure.statistics import Statistics
-from kvprofile.models import LoadedModel
-from kvprofile.partials import partial_path, sample_files
-from kvprofile.sensitivity import read_probe
+from kvprofile.models.device_memory import explaining_memory
+from kvprofile.models.load import LoadedModel
 from tests.pretend_cuda import on_cuda
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
@@ -80,7 +80,7 @@ def test_finished_samples_are_kept_and_resumed(tiny_folder, tiny_text_file, tmp_
     output = tmp_path / "p.json"
     command = ("calibrate", tiny_folder, "--data", tiny_text_file, "-o", output, *SIZE)
     with monkeypatch.context() as patched:
-        patched.setattr("kvprofile.calibration.read_probe", failing(read_probe, ERRORS["CUDA"], 2))
+        patched.setattr("kvprofile.calibration.calibrate.read_probe", failing(read_probe, ERRORS["CUDA"], 2))
         told = ("measuring a sample of 256 tokens", "lower --tokens", "--dtype", "--device-map auto", "--resume")
         refused(run(*command), 1, *told)
     assert len(sample_files(partial_path(output))) == 2

@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvprofile.configurations import bundled_configuration
-from kvprofile.cost import Sizes, Work, checking, measuring, memory, prefill
+from kvprofile.calibration.cost import Sizes, Work, checking, measuring, memory, prefill
+from kvprofile.calibration.estimate import LIBRARIES, Rates, estimate, measure_rates
+from kvprofile.calibration.measure.damage import BUDGETS
+from kvprofile.calibration.probes import ProbeMix
 from kvprofile.errors import UsageError
-from kvprofile.estimate import LIBRARIES, Rates, estimate, measure_rates
-from kvprofile.measure.damage import BUDGETS
 from kvprofile.merging.nearest import WINDOW
-from kvprofile.probes import ProbeMix
+from kvprofile.models.configurations import bundled_configuration
 from tests.unit.conftest import run
 from tests.unit.tiny_models import MODELS, tiny_model
 

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvprofile import KVMerger, load_profile
+from kvprofile import names as known_names
+from kvprofile.calibration.observe import observing
 from kvprofile.merging import affinity, combine, joining, policies, query_affinity, regression
 from kvprofile.merging.combine import Combination
 from kvprofile.merging.counts import slots_of
@@ -26,8 +29,7 @@ from kvprofile.merging.scores import MASS_STRIDE, attention_mass, window_mass
 from kvprofile.merging.sets import RULES
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens, newest_queries
-from kvprofile.observe import observing
-from kvprofile.profile import PolicyFacts
+from kvprofile.profile.schema import PolicyFacts
 from tests.unit import field_reference as field
 from tests.unit.builders import random_tokens, slots_in
 from tests.unit.merge_reference import REPLAYED
@@ -362,6 +364,12 @@ def test_every_name_in_the_tables_fits_the_schema():
         Combination(weights=name)
         PolicyFacts.model_validate(Policy(combination=Combination(weights=name)).to_dict())
     assert set(RULES) < set(joining.JOINS)
+    for known, table in (
+        (known_names.Affinity, affinity.AFFINITIES),
+        (known_names.Join, joining.JOINS),
+        (known_names.Weights, combine.WEIGHTS),
+    ):
+        assert get_args(known) == tuple(table)
 
 
 def test_the_docs_list_every_policy_once():

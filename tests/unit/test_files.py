@@ -103,7 +103,7 @@ def test_sha256_is_the_published_one(tmp_path):
 
 def test_importing_models_and_resolving_a_name_import_nothing_heavy():
     code = (
-        "import sys, kvprofile.files, kvprofile.model_names as m; m.resolve('smollm2-135m'); m.resolve('org/name');"
+        "import sys, kvprofile.files, kvprofile.models.names as m; m.resolve('smollm2-135m'); m.resolve('org/name');"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvprofile.gguf_models import convert
+from kvprofile.models.gguf import convert
 from kvprofile.samples.files import TABLES, read_file
 from tests.fuzzing import EXAMPLES, damaged, fuzzing, outcomes, refusal
 from tests.unit.test_models import write_gguf

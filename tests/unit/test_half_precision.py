@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from kvprofile import KVMerger
-from kvprofile.calibration import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
+from kvprofile.calibration.probes import ProbeMix
 from kvprofile.evaluate.bench import run_fidelity
 from kvprofile.evaluate.methods import Method
 from kvprofile.evaluate.rows import Store
-from kvprofile.models import LoadedModel
-from kvprofile.probes import ProbeMix
+from kvprofile.models.load import LoadedModel
 from kvprofile.samples import Sample, SampleSet
 from tests.unit.architectures import build
 from tests.unit.conftest import tiny_tokenizer

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprofile.measure.adjacent import BINS, AdjacentSimilarity
-from kvprofile.measure.distance import SimilarityByDistance
-from kvprofile.measure.maps import CELLS, SimilarityMap
-from kvprofile.measure.moments import Moments
-from kvprofile.measure.ratios import THRESHOLDS, CompressionRatios, count_sets
-from kvprofile.measure.statistics import Statistics
+from kvprofile.calibration.measure.adjacent import BINS, AdjacentSimilarity
+from kvprofile.calibration.measure.distance import SimilarityByDistance
+from kvprofile.calibration.measure.maps import CELLS, SimilarityMap
+from kvprofile.calibration.measure.moments import Moments
+from kvprofile.calibration.measure.ratios import THRESHOLDS, CompressionRatios, count_sets
+from kvprofile.calibration.measure.statistics import Statistics
 from kvprofile.merging.combine import Combination
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection

@@ -18,11 +18,12 @@ from huggingface_hub import errors
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
-from kvprofile import gguf_models, model_names
 from kvprofile.errors import KVProfileError, UsageError
-from kvprofile.gguf_models import GEMMA3_270M, SMOLLM2_135M, Wheel, WheelModel, converted_file, converted_wheel
-from kvprofile.model_names import known_models, resolve
-from kvprofile.models import choose_placement, load_config, load_model
+from kvprofile.models import gguf as gguf_models
+from kvprofile.models import names as model_names
+from kvprofile.models.gguf import GEMMA3_270M, SMOLLM2_135M, Wheel, WheelModel, converted_file, converted_wheel
+from kvprofile.models.load import choose_placement, load_config, load_model
+from kvprofile.models.names import known_models, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WORDS = ("<unk>", "the", "cat", "sat")

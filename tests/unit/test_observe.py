@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import BloomConfig, DynamicCache, FalconConfig, GPTJConfig, Lfm2Config, PreTrainedModel
 
 from kvprofile import KVMerger
+from kvprofile.calibration.observe import observing
 from kvprofile.errors import KVProfileError
-from kvprofile.observe import observing
 from kvprofile.runtime.attention import AttentionCall
 from tests.unit.merge_reference import read
 from tests.unit.tiny_models import MODELS, VOCAB, random_model, tiny_model, tiny_text, uniform_values

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from kvprofile import KVMerger
-from kvprofile.calibration import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
 from kvprofile.digests import weights_digest
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.bench import run_fidelity
 from kvprofile.evaluate.methods import Method
 from kvprofile.evaluate.rows import Store
 from kvprofile.generation import generate
-from kvprofile.models import LoadedModel
-from kvprofile.storage import save_profile
+from kvprofile.models.load import LoadedModel
+from kvprofile.profile.storage import save_profile
 from tests.unit.test_half_precision import MIX, loaded, samples
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
 

@@ -244,6 +244,6 @@ def test_a_hand_written_profile_cannot_be_planned_anew():
 
 
 def load_values(values):
-    from kvprofile.storage import profile_of
+    from kvprofile.profile.storage import profile_of
 
     return profile_of(copy.deepcopy(values))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvprofile.measure.moments import Moments
-from kvprofile.measure.persistence import LEVELS, persistence
-from kvprofile.measure.ratios import THRESHOLDS, CompressionRatios, count_sets
+from kvprofile.calibration.measure.moments import Moments
+from kvprofile.calibration.measure.persistence import LEVELS, persistence
+from kvprofile.calibration.measure.ratios import THRESHOLDS, CompressionRatios, count_sets
 from kvprofile.merging.sets import RULES
 
 HEADS = 3

@@ -5,12 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kvprofile.allocate import allocate
 from kvprofile.errors import KVProfileError, MismatchError, UsageError
 from kvprofile.merging.policies import POLICIES
-from kvprofile.plans import make_plan, replan
-from kvprofile.profile import DamageFacts, PolicyFacts, Profile
-from kvprofile.solve import GRANULARITIES, solve
+from kvprofile.names import GRANULARITIES
+from kvprofile.planning.allocate import allocate
+from kvprofile.planning.plans import make_plan, replan
+from kvprofile.planning.solve import solve
+from kvprofile.profile.schema import DamageFacts, PolicyFacts, Profile
 from tests.unit.builders import THRESHOLDS, build_profile
 
 BUDGETS = [0.1, 0.2, 0.4, 0.8]
@@ -350,7 +351,7 @@ def test_the_whole_budget_is_written_as_null():
     [
         ("rule", "equal", "unknown rule 'equal'; expected one of damage, uniform, common"),
         ("objective", "speed", "unknown objective 'speed'; expected one of balanced, recall, continuation"),
-        ("granularity", "token", "unknown granularity 'token'; expected one of layer, head"),
+        ("granularity", "token", "unknown granularity 'token'; expected one of head, layer"),
         ("mode", "fast", "unknown mode 'fast'; expected one of exact, threshold"),
         ("policy", "magic", "unknown policy 'magic'; expected one of auto, gauss"),
     ],

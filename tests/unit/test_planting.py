@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kvprofile.calibration.planting import plant
+from kvprofile.calibration.probes import KINDS, UNCOUNTED, ProbeMix, make_probe
 from kvprofile.errors import UsageError
-from kvprofile.planting import plant
-from kvprofile.probes import KINDS, UNCOUNTED, ProbeMix, make_probe
 
 
 class Letters:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvprofile import probe_attention as module
-from kvprofile.observe import observing
-from kvprofile.probe_attention import Surroundings, probe_attention
+from kvprofile.calibration import probe_attention as module
+from kvprofile.calibration.observe import observing
+from kvprofile.calibration.probe_attention import Surroundings, probe_attention
 from tests.unit.tiny_models import tiny_model, tiny_text
 
 TOKENS, QUERIES, WINDOW = 90, 12, 30

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from kvprofile.calibration import CANDIDATES
+from kvprofile.calibration.calibrate import CANDIDATES
+from kvprofile.calibration.measure.ratios import THRESHOLDS as RATIO_THRESHOLDS
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import atomic_write, sha256_of
-from kvprofile.fingerprint import difference, model_facts
-from kvprofile.measure.ratios import THRESHOLDS as RATIO_THRESHOLDS
-from kvprofile.profile import ModelFacts, Profile
-from kvprofile.storage import load_arrays, load_profile, save_profile
+from kvprofile.profile.fingerprint import difference, model_facts
+from kvprofile.profile.schema import ModelFacts, Profile
+from kvprofile.profile.storage import load_arrays, load_profile, save_profile
 from tests.unit.builders import THRESHOLDS, build_profile
 from tests.unit.reference import PROPERTY
 from tests.unit.test_report_figures import large

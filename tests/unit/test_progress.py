@@ -6,12 +6,12 @@ import re
 import pytest
 
 from kvprofile import load_model, load_profile
-from kvprofile.calibration import CANDIDATES, measure
+from kvprofile.calibration.calibrate import CANDIDATES, measure
+from kvprofile.calibration.hidden_states import count_layers
+from kvprofile.calibration.tracking import Pace, Parts, Track
 from kvprofile.cli.bars import Bars
 from kvprofile.evaluate.check import check_profile
-from kvprofile.hidden_states import count_layers
 from kvprofile.samples import load_documents, make_samples
-from kvprofile.tracking import Pace, Parts, Track
 from tests.unit.architectures import SUPPORTED, build
 
 

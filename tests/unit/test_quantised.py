@@ -11,11 +11,11 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from kvprofile import load_profile
-from kvprofile.calibration import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
+from kvprofile.calibration.gradient_flow import check_gradients
 from kvprofile.digests import weights_digest
 from kvprofile.errors import KVProfileError
-from kvprofile.gradient_flow import check_gradients
-from kvprofile.models import LoadedModel, load_model
+from kvprofile.models.load import LoadedModel, load_model
 from tests.unit.architectures import SUPPORTED, build
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
@@ -122,7 +122,7 @@ def test_quantised_activations_are_refused_and_the_way_out_works(tmp_path, monke
         quantize_(own.model, Int8DynamicActivationInt8WeightConfig())
         return own
 
-    monkeypatch.setattr("kvprofile.models.load_model", quantised)
+    monkeypatch.setattr("kvprofile.models.load.load_model", quantised)
     command = ("calibrate", tiny_folder, "--data", tiny_text_file, "-o", tmp_path / "p.json", *SIZE, "--budget", 0.6)
     refused(
         run(*command), 1, "no gradient passes through model.layers.0.self_attn.o_proj (Linear of Int8Tensor)", WAY_OUT

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvprofile.plans import replan
+from kvprofile.planning.plans import replan
 from kvprofile.report import similarity, style
 from kvprofile.report.budgets import GRID, costs
 from kvprofile.report.figures import draw, write_figures

@@ -12,7 +12,7 @@ import pytest
 
 from kvprofile import load_profile
 from kvprofile.errors import KVProfileError
-from kvprofile.plans import replan
+from kvprofile.planning.plans import replan
 from kvprofile.report.budgets import merged_bytes
 from kvprofile.report.heads import median_cosine
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report

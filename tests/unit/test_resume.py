@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kvprofile.calibration import CANDIDATES, measure, measure_into
+from kvprofile.calibration.calibrate import CANDIDATES, measure, measure_into
+from kvprofile.calibration.partials import Partial, join, partial_path, sample_files
+from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.run_facts import run_facts
+from kvprofile.calibration.runs import run_of
+from kvprofile.calibration.tracking import Track
 from kvprofile.errors import KVProfileError
-from kvprofile.models import load_model
-from kvprofile.partials import Partial, join, partial_path, sample_files
-from kvprofile.probes import ProbeMix
-from kvprofile.run_facts import run_facts
-from kvprofile.runs import run_of
+from kvprofile.models.load import load_model
 from kvprofile.samples import load_documents, make_samples
-from kvprofile.tracking import Track
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GPTNeoXConfig, Olmo2Config
 
-from kvprofile.hidden_states import watching_hidden
-from kvprofile.measure.coverage import MassCoverage
-from kvprofile.measure.hidden import AttentionChange
-from kvprofile.measure.window import BINS, WindowAttention, window_attention
+from kvprofile.calibration.hidden_states import watching_hidden
+from kvprofile.calibration.measure.coverage import MassCoverage
+from kvprofile.calibration.measure.hidden import AttentionChange
+from kvprofile.calibration.measure.window import BINS, WindowAttention, window_attention
 from tests.unit.tiny_models import MODELS, random_model, tiny_model, tiny_text
 
 HEADS, KV_HEADS, TOKENS, DIM = 4, 2, 70, 8

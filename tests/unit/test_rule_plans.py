@@ -10,13 +10,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kvprofile import load_arrays, load_profile, replan
-from kvprofile.calibration import measure
+from kvprofile.calibration.calibrate import measure
 from kvprofile.cli.options import PLAN_FLAGS
 from kvprofile.errors import UsageError
-from kvprofile.export import FORMATS
 from kvprofile.files import sha256_of
-from kvprofile.models import load_model
-from kvprofile.rules import PUBLISHED, rule_shares
+from kvprofile.models.load import load_model
+from kvprofile.planning.rules import PUBLISHED, rule_shares
+from kvprofile.profile.export import FORMATS
 from kvprofile.runtime.merger import KVMerger
 from kvprofile.samples import Sample
 from tests.unit.conftest import run

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprofile.allocate import STEPS
 from kvprofile.errors import MismatchError, UsageError
-from kvprofile.rules import PUBLISHED, rule_shares
-from kvprofile.rules.cake import cake
-from kvprofile.rules.dynamickv import dynamickv, winners
-from kvprofile.rules.fit import on_grid, proportional, within
-from kvprofile.rules.prefixkv import prefixkv
-from kvprofile.rules.pyramidkv import pyramidkv
-from kvprofile.rules.squeeze import KEPT, nearest_groups, squeeze
+from kvprofile.planning.allocate import STEPS
+from kvprofile.planning.rules import PUBLISHED, rule_shares
+from kvprofile.planning.rules.cake import cake
+from kvprofile.planning.rules.dynamickv import dynamickv, winners
+from kvprofile.planning.rules.fit import on_grid, proportional, within
+from kvprofile.planning.rules.prefixkv import prefixkv
+from kvprofile.planning.rules.pyramidkv import pyramidkv
+from kvprofile.planning.rules.squeeze import KEPT, nearest_groups, squeeze
 
 LAYERS = 7
 

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprofile import KVMerger
+from kvprofile.calibration.observe import observing
 from kvprofile.errors import KVProfileError
-from kvprofile.fingerprint import model_facts
-from kvprofile.observe import observing
+from kvprofile.profile.fingerprint import model_facts
 from kvprofile.runtime.settings import CHUNK
 from tests.pretend_cuda import PretendCuda, on_cuda, over_two
 from tests.unit.architectures import build

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from kvprofile import doctor as doctor_module
-from kvprofile import selftest
+from kvprofile.doctor import environment as doctor_module
+from kvprofile.doctor import selftest
+from kvprofile.doctor.selftest import attention
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.backends.varlen import unsuited
-from kvprofile.selftest import attention
 from tests.unit.conftest import run
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprofile.measure.ratios import THRESHOLDS, count_sets
+from kvprofile.calibration.measure.ratios import THRESHOLDS, count_sets
 from kvprofile.merging.combine import Combination, combine
 from kvprofile.merging.sets import MAX_SET, RULES, adjacent_cosine, banded_cosine, find_sets
 from tests.unit.reference import PROPERTY, clear_of, cosine, cosines, scan_sets, starts_of

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kvprofile import load_profile
-from kvprofile.partials import read_header, sample_files
+from kvprofile.calibration.partials import read_header, sample_files
 from tests.unit.conftest import run, save_tiny_model
 from tests.unit.test_cli import refused
 
@@ -165,7 +165,7 @@ def test_statistics_that_no_machine_holds(shards, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise MemoryError
 
-    monkeypatch.setattr("kvprofile.runs.empty_statistics", full)
+    monkeypatch.setattr("kvprofile.calibration.runs.empty_statistics", full)
     refused(run("merge", *shards, "-o", tmp_path / "p.json"), 1, "no memory for the statistics of 2 layers")
 
 

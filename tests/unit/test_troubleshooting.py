@@ -12,8 +12,8 @@ from huggingface_hub import constants, errors
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from kvprofile import KVMerger, load_arrays, load_model, load_profile, save_profile
+from kvprofile.calibration.partials import partial_path
 from kvprofile.errors import KVProfileError
-from kvprofile.partials import partial_path
 from tests.unit.conftest import run, save_tiny_model
 from tests.unit.test_models import http_error
 
@@ -71,9 +71,9 @@ def test_the_page_says_what_the_command_says(shown, world, monkeypatch):
     elif "meta-llama" in shown["command"]:
         monkeypatch.setattr("huggingface_hub.resolve_revision", _gated)
     elif "long.txt" in words:
-        monkeypatch.setattr("kvprofile.calibration.read_probe", _without_memory)
+        monkeypatch.setattr("kvprofile.calibration.calibrate.read_probe", _without_memory)
     if "my-model-int8" in words:
-        monkeypatch.setattr("kvprofile.models.load_model", _quantised)
+        monkeypatch.setattr("kvprofile.models.load.load_model", _quantised)
     assert words.pop(0) == "kvprofile"
     before = sorted(Path().rglob("*"))
     result = run(*words)

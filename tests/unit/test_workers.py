@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from kvprofile.calibration.partials import partial_path, sample_files
+from kvprofile.calibration.workers import ALONE, Workers, announced, idle_gpus
 from kvprofile.errors import KVProfileError, UsageError
-from kvprofile.partials import partial_path, sample_files
-from kvprofile.workers import ALONE, Workers, announced, idle_gpus
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
 from tests.unit.test_shards import SIZE, calibrated, values
 
 DYING = """
 import os, signal, sys
-from kvprofile.partials import Partial
+from kvprofile.calibration.partials import Partial
 
 save = Partial.save
 

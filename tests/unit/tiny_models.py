@@ -16,9 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from kvprofile.fingerprint import model_facts
 from kvprofile.merging.policies import POLICIES
-from kvprofile.unmeasured import unmeasured_values
+from kvprofile.profile.fingerprint import model_facts
+from kvprofile.profile.unmeasured import unmeasured_values
 
 VOCAB = 640
 _COMMON = {

@@ -1,0 +1,1 @@
+"""Calibration: a model reads samples, and what its heads lose is measured."""

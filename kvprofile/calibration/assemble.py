@@ -1,0 +1,103 @@
+"""From a run's statistics to a profile that is not checked yet: the model is not needed."""
+
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from kvprofile import __version__
+from kvprofile.calibration.measure.damage import BUDGETS
+from kvprofile.calibration.measure.persistence import persistence
+from kvprofile.calibration.measure.ratios import THRESHOLDS
+from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.runs import Run
+from kvprofile.merging.policies import POLICIES
+from kvprofile.planning.plans import make_plan
+from kvprofile.profile.schema import Created, DamageFacts, LayerStatistics, Profile
+from kvprofile.profile.schema import Statistics as StatisticsFacts
+
+
+def make_profile(
+    run: Run,
+    statistics: Statistics,
+    budget: float,
+    *,
+    rule: str | None = None,
+    objective: str = "balanced",
+    granularity: str = "head",
+    mode: str = "exact",
+    command: str = "",
+) -> tuple[Profile, dict[str, NDArray[np.generic]]]:
+    """Solve for a budget; returns the profile and the big arrays. The profile has no check and names no arrays file yet.
+
+    `rule` spends the budget: by the measured damage unless said otherwise. `command` is what the profile records as its
+    origin. Raises UsageError for a bad budget or choice, MismatchError where the budget is out of reach.
+    """
+    arrays = statistics.finish()
+    facts = _statistics_facts(statistics, run.base, run.mix)
+    plan = make_plan(
+        run.model,
+        run.policies,
+        facts,
+        None if statistics.damage is None else statistics.damage.moments.mean,
+        budget,
+        tokens=run.calibration.measured.tokens,
+        policy=run.policy,
+        rule=rule or ("damage" if run.candidates else "uniform"),
+        measured=arrays,
+        objective=objective,
+        granularity=granularity,
+        mode=mode,
+    )
+    profile = Profile(
+        schema_version=1,
+        created=Created(
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=command,
+            seconds=0.0,
+            kvprofile=__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        ),
+        model=run.model,
+        calibration=run.calibration,
+        policies=run.policies,
+        statistics=facts,
+        plan=plan,
+        check=None,
+    )
+    return profile, arrays
+
+
+def _statistics_facts(statistics: Statistics, policy: str, mix: ProbeMix) -> StatisticsFacts:
+    """The part of the statistics that goes into the JSON: the ratios under the policy's own rule, and persistence."""
+    own = POLICIES[policy].rule
+    rule = own if own in ("anchor", "complete") else "chain"
+    index = statistics.ratios.rules.index(rule)
+    overall = statistics.ratios.overall()
+    mean, std = overall.mean[:, index, :-1].round(4), overall.std()[:, index, :-1].round(3)
+    return StatisticsFacts(
+        rule=rule,  # type: ignore[arg-type]
+        policy=policy,
+        thresholds=THRESHOLDS.tolist(),
+        layers=[
+            LayerStatistics(layer=layer, ratio=mean[layer].tolist(), ratio_std=std[layer].tolist())
+            for layer in range(len(mean))
+        ],
+        persistence=persistence(statistics.ratios, rule),
+        damage=None
+        if statistics.damage is None
+        else DamageFacts(
+            policies=[name for name, _ in statistics.damage.policies],
+            budgets=list(BUDGETS),
+            kinds=list(mix.kinds),
+            **asdict(mix),
+        ),
+        arrays=None,
+    )

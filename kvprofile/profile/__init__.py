@@ -1,0 +1,1 @@
+"""The profile: its schema, its files, the model it belongs to."""
