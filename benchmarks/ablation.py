@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from every_method import OWN, add_arguments, compare
-from single_policies import Source, by_damage, evenly, held, measured_source
+from shared.every_method import OWN, add_arguments, compare
+from shared.single_policies import Source, by_damage, evenly, held, measured_source
 
 import kvprofile
 from kvprofile.evaluate.bench import PARTS

@@ -24,7 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from runtime import RETURNING, resident, table
+from shared.memory import RETURNING, resident
+from shared.tables import table
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 

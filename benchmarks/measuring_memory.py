@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 import torch
-from runtime import RETURNING, resident, table
+from shared.memory import RETURNING, resident
+from shared.tables import table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import kvpress_reading
-from kvpress_environment import KVPRESS, run_inside
+from shared import kvpress_reading
+from shared.kvpress_environment import KVPRESS, run_inside
 
 PRESSES = (
     "SnapKV",

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kvpress_environment import run_inside
+from shared.kvpress_environment import run_inside
 
 STEPS = 32
 

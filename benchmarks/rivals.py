@@ -14,8 +14,8 @@ on. Prints the table, writes JSON, Markdown, PNG.
 import argparse
 import sys
 
-from every_method import OWN, add_arguments, compare
-from single_policies import Source, by_damage, evenly, held, measured_source
+from shared.every_method import OWN, add_arguments, compare
+from shared.single_policies import Source, by_damage, evenly, held, measured_source
 
 import kvprofile
 from kvprofile.errors import KVProfileError

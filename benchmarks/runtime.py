@@ -24,6 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from shared.memory import RETURNING, resident
+from shared.tables import table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -32,8 +34,6 @@ from kvprofile.planning.plans import replan
 
 PROFILES = Path(__file__).parent.parent / "profiles"
 STEPS = 32  # a chunk: the runtime merges once in so many steps
-# glibc: memory goes back to the system as soon as it is freed.
-RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 LONG = 4096  # past this length: one prefill, batch 1, the first model, budgets that merge; to keep the run short
 
 
@@ -177,19 +177,6 @@ def measure_peak(name: str, cache: str, length: int) -> None:
         sys.exit("the system does not forget the highest memory of this process, so a prefill's peak cannot be told")
     bench.read(own, bench.cache(own), bench.tokens(length))
     print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> int:
-    """Resident memory of this process in bytes: VmRSS as it is, VmHWM at its highest."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
-def table(rows: list[dict[str, Any]], what: str, columns: dict[str, str]) -> None:
-    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        if row["what"] == what:
-            print("| " + " | ".join(form.format(**row) for form in columns.values()) + " |", flush=True)
 
 
 def main() -> None:

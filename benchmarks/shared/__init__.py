@@ -1,0 +1,1 @@
+"""What several benches share; each script beside this folder answers one question."""
