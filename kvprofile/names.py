@@ -25,6 +25,21 @@ Join = Literal["chain", "anchor", "complete", "drop", "nearest", "residual", "sp
 Weights = Literal["gaussian", "attention", "average", "pivot", "similarity", "midpoints", "cosines"]
 Sigma = Literal["mean", "rms"]
 Bias = Literal["count", "attention", "none"]
+Codec = Literal[
+    "none",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int6",
+    "int4",
+    "int3",
+    "int2",
+    "fp8-e4m3",
+    "fp8-e5m2",
+    "turbo4",
+    "turbo3",
+    "turbo2",
+]
 
 SetRule = Literal["chain", "anchor", "complete"]
 BudgetRule = Literal["damage", "uniform", "common", "pyramidkv", "dynamickv", "prefixkv", "cake", "squeeze"]
@@ -38,6 +53,10 @@ MODES: tuple[str, ...] = get_args(Mode)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 SIGMAS: tuple[str, ...] = get_args(Sigma)
 BIASES: tuple[str, ...] = get_args(Bias)
+CODECS: tuple[str, ...] = get_args(Codec)
+
+NO_CODEC = "none"
+"""The codec that keeps a slot in the model's own dtype."""
 
 AUTO = "auto"
 """Not a policy but a choice: every head takes its own."""

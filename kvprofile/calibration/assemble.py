@@ -18,7 +18,7 @@ from kvprofile.calibration.probes import ProbeMix
 from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
 from kvprofile.planning.plans import make_plan
-from kvprofile.profile.schema import Created, DamageFacts, LayerStatistics, Profile
+from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Profile
 from kvprofile.profile.schema import Statistics as StatisticsFacts
 
 
@@ -55,7 +55,7 @@ def make_profile(
         mode=mode,
     )
     profile = Profile(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         created=Created(
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,

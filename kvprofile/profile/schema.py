@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from kvprofile.report.style import Plot
 
-SCHEMA_VERSION = 1
-LINE = 120  # characters of an object that is written on one line
+SCHEMA_VERSION: Literal[2] = 2
+LINE = 160  # characters of an object that is written on one line
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -163,6 +163,27 @@ class DamageFacts(_Strict):
     continuation_tokens: Count
     facts: Count = Field(0, description="sentences planted in the context and asked for in other words")
     lookups: Count = Field(0, description="`name: number` lines planted in the context and looked up")
+    codecs: list[names.Codec | Foreign] = Field(
+        default=[], description="codecs whose damage was measured, of keys and of values apart"
+    )
+    codec_policies: list[str] = Field(default=[], description="the policies whose slots they stored")
+    codec_shares: list[float] = Field(
+        default=[], description="shares of slots at which they did; at 1 nothing is merged"
+    )
+
+    def check_codecs(self) -> None:
+        """Raise ValueError unless all is said of the codecs, or nothing."""
+        told = (self.codecs, self.codec_policies, self.codec_shares)
+        if any(told) != all(told):
+            raise ValueError("statistics.damage names codecs, codec_policies and codec_shares, or none of them")
+        if len(set(self.codecs)) < len(self.codecs) or names.NO_CODEC in self.codecs:
+            raise ValueError("statistics.damage.codecs names a codec twice, or none")
+        if len(set(self.codec_policies)) < len(self.codec_policies) or set(self.codec_policies) - set(self.policies):
+            raise ValueError("statistics.damage.codec_policies names a policy twice, or one that was not measured")
+        if sorted(set(self.codec_shares)) != self.codec_shares or not all(
+            0 < share <= 1 for share in self.codec_shares
+        ):
+            raise ValueError("statistics.damage.codec_shares must rise above 0 and up to 1")
 
 
 class Arrays(_Strict):
@@ -200,6 +221,11 @@ class HeadPlan(_Strict):
     epsilon: Threshold | None = Field(description="merge neighbours at least this similar; null: merge nothing")
     share: Share = Field(description="fraction of the tokens that keep a slot")
     damage: Number | None = Field(description="predicted KL, nats per probe token, summed over the objective's kinds")
+    key_codec: names.Codec | Foreign = Field(
+        default=names.NO_CODEC, description="how the slots' keys are stored; none: in the model's own dtype"
+    )
+    value_codec: names.Codec | Foreign = Field(default=names.NO_CODEC, description="how the slots' values are stored")
+    codec_damage: Number | None = Field(default=None, description="the part of the damage that the codecs do")
 
 
 class LayerPlan(_Strict):
@@ -214,14 +240,29 @@ class LayerPlan(_Strict):
 class Plan(_Strict):
     """What the runtime does."""
 
-    budget: Annotated[float, Field(gt=0, le=1)]
+    budget: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="fraction of the slots asked for; where bytes were asked for, the fraction that came of it"
+    )
+    bytes: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="fraction asked for of the merged layers' bytes in a 16-bit cache; null: slots were asked for",
+    )
     policy: str = Field(description="the policy asked for, or auto: every head its own")
+    codec: str = Field(
+        default=names.NO_CODEC,
+        description="the codec asked for, KEYS/VALUES where they differ, or auto: every head its own",
+    )
     rule: names.BudgetRule = Field(description="how the budget is spent on layers and heads")
     objective: names.Objective
     granularity: names.Granularity
     mode: names.Mode = Field(description="slots emerge from epsilon, or meet the share to the slot")
-    predicted_ratio: Share
+    predicted_ratio: Share = Field(description="fraction of the slots")
+    predicted_bytes: Number | None = Field(
+        default=None,
+        description="fraction of those bytes at the calibration's length, all overhead in; null: not known",
+    )
     predicted_damage: Number | None = Field(description="sum of the heads' damage")
+    predicted_codec_damage: Number | None = Field(default=None, description="the part of it that the codecs do")
     damage_bound: Number | None = Field(description="no allocation of this budget predicts less")
     layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
 
@@ -277,7 +318,7 @@ class Profile(_Strict):
     beside the file it was read from or saved to.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     created: Created
     model: ModelFacts
     calibration: Calibration
@@ -326,6 +367,7 @@ class Profile(_Strict):
                 raise ValueError("statistics.damage names a policy or a kind twice")
             if not damage.policies or not damage.budgets or not damage.kinds:
                 raise ValueError("statistics.damage names no policy, budget or kind; null says that none was measured")
+            damage.check_codecs()
         return self
 
     def to_json(self) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+READ = (1, SCHEMA_VERSION)
 MAX_PROFILE = 2**28  # bytes; the profile of a model of 128 layers with 128 KV heads has a sixth of it
 MAX_ARRAYS = 2**33
 
@@ -64,11 +65,14 @@ def _checked(values: Any, text: str, name: str) -> Profile:
         raise MismatchError(
             f"{name} is not a kvprofile profile: it has no schema_version; give the .json file that calibrate wrote"
         )
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version not in READ or not isinstance(version, int) or isinstance(version, bool):
         raise MismatchError(
-            f"{name} has schema version {version!r}, this kvprofile reads version {SCHEMA_VERSION}; update kvprofile or "
-            "calibrate anew"
+            f"{name} has schema version {version!r}, this kvprofile reads version {' and '.join(map(str, READ))}; update "
+            "kvprofile or calibrate anew"
         )
+    if version != SCHEMA_VERSION:
+        # What version 2 adds says of an older profile, left out, what is true of it: slots in the model's own dtype.
+        text = json.dumps({**values, "schema_version": SCHEMA_VERSION})
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kvprofile import __version__
+from kvprofile.profile.schema import SCHEMA_VERSION
 
 NOTHING = "nothing: the plan was written by hand"
 
@@ -27,7 +28,7 @@ def unmeasured_values(
     shares = [head["share"] for layer in heads.values() for head in layer]
     kept = sum(shares) / len(shares) if shares and all(isinstance(share, (int, float)) for share in shares) else 1.0
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "created": {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "",

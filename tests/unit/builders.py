@@ -7,7 +7,7 @@ import torch
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens, newest_queries
-from kvprofile.profile.schema import PolicyFacts, Profile
+from kvprofile.profile.schema import SCHEMA_VERSION, PolicyFacts, Profile
 from kvprofile.runtime.blocks import Blocks
 
 WINDOWS = (32, 128)
@@ -54,7 +54,7 @@ def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="ga
     checked = {"achieved": {"mean": 0.5, "std": 0.01, "worst": 0.52}, "fidelity": fidelity}
     text = {"samples": 2, "tokens": 64, "kinds": {"essay": 1, "table": 1}}
     values = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "created": {
             "time": "2025-01-02T03:04:05+00:00",
             "command": command,

@@ -150,7 +150,7 @@ def _truncated(text):
 
 
 def _newer(text):
-    return text.replace('"schema_version": 1', '"schema_version": 2')
+    return text.replace('"schema_version": 2', '"schema_version": 3')
 
 
 def _edited(text):
@@ -159,7 +159,7 @@ def _edited(text):
 
 @pytest.mark.parametrize(
     ("damage", "told"),
-    [(_truncated, "not a complete JSON file"), (_newer, "schema version 2"), (_edited, "plan.budget")],
+    [(_truncated, "not a complete JSON file"), (_newer, "schema version 3"), (_edited, "plan.budget")],
 )
 def test_a_damaged_profile(damage, told, tiny_profile, tiny_folder, tmp_path):
     path = tmp_path / "damaged.json"

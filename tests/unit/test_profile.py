@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tests.unit.builders import THRESHOLDS, build_profile
 from tests.unit.reference import PROPERTY
 from tests.unit.test_report_figures import large
 
+PROFILES = Path(__file__).parents[2] / "profiles"
 WHAT_TO_DO = re.compile(r"\b(calibrate|copy|make one|update|give|check|choose|run)\b")
 ARRAYS = {
     "key_histogram": np.arange(12, dtype=np.int64).reshape(2, 2, 3),
@@ -69,7 +71,8 @@ def test_the_file_is_strict_json_one_list_of_numbers_or_one_head_a_line(tmp_path
     lines = [line.strip() for line in text.splitlines()]
     assert lines.count("[0.1,0.3,0.6,1.0],") == 2
     assert f'"thresholds": [{",".join(map(str, THRESHOLDS))}],' in lines
-    assert lines.count('{"policy": "gauss", "epsilon": 0.7, "share": 0.5, "damage": null},') == 2
+    stored = '"key_codec": "none", "value_codec": "none", "codec_damage": null'
+    assert lines.count('{"policy": "gauss", "epsilon": 0.7, "share": 0.5, "damage": null, ' + stored + "},") == 2
     assert list(json.loads(text)) == list(Profile.model_fields)
 
 
@@ -196,15 +199,15 @@ def test_every_truncation(tmp_path):
         _refused(path, 3, "is not a complete JSON file")
 
 
-@pytest.mark.parametrize("version", [2, 0, 17, "2", "one", [1]])
+@pytest.mark.parametrize("version", [3, 0, 17, "2", "one", [1]])
 def test_another_version(tmp_path, version):
-    message = _refused(_edited(tmp_path, ("schema_version",), version), 3, "reads version 1; update kvprofile")
+    message = _refused(_edited(tmp_path, ("schema_version",), version), 3, "reads version 1 and 2; update kvprofile")
     assert str(version) in message.partition("schema version ")[2].partition(", this")[0]
 
 
 def test_a_version_as_a_text_is_not_called_the_version_it_should_be(tmp_path):
-    message = _refused(_edited(tmp_path, ("schema_version",), "1"), 3)
-    assert "schema version 1, this kvprofile reads version 1" not in message
+    message = _refused(_edited(tmp_path, ("schema_version",), "2"), 3)
+    assert "schema version 2, this kvprofile reads" not in message
 
 
 def _edited(folder, where, value):
@@ -555,3 +558,76 @@ def test_a_profile_of_a_thousand_heads_stays_below_a_megabyte():
         layer["ratio"] = [sorted(curve * repeats) for curve in layer["ratio"]]
         layer["ratio_std"] = [[0.012, 0.123, 0.034, 0.0] * repeats for _ in layer["ratio_std"]]
     assert len(Profile.model_validate(values).to_json()) < 1_000_000
+
+
+# Version 1, as older kvprofiles wrote it.
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_a_profile_of_version_1_is_read_without_loss_and_saved_as_version_2(name, tmp_path):
+    before = json.loads((PROFILES / f"{name}.json").read_text())
+    if before["schema_version"] != 1:  # made anew since: as an older kvprofile would have written it
+        before = _of_version_1(before)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(before))
+    profile = load_profile(path)
+    after = json.loads(profile.to_json())
+    assert after.pop("schema_version") == 2
+    assert profile.plan.bytes is None
+    assert all(
+        (head.key_codec, head.value_codec, head.codec_damage) == ("none", "none", None)
+        for layer in profile.plan.layers
+        for head in layer.heads
+    )
+    assert {"schema_version": 1, **_of_version_1(after)} == before
+    saved = load_profile(profile.save(tmp_path / "new.json"))
+    assert saved == profile
+
+
+def _of_version_1(values):
+    """The same values without what version 2 adds."""
+    added = {"bytes", "codec", "predicted_bytes", "predicted_codec_damage", "codecs", "codec_policies", "codec_shares"}
+    added |= {"key_codec", "value_codec", "codec_damage"}
+    if isinstance(values, dict):
+        kept = {name: _of_version_1(value) for name, value in values.items() if name not in added}
+        return kept | ({"schema_version": 1} if "schema_version" in values else {})
+    return [_of_version_1(value) for value in values] if isinstance(values, list) else values
+
+
+CODECS = {"codecs": ["int8", "int4"], "codec_policies": ["gauss"], "codec_shares": [0.3, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"codecs": []}, "or none of them"),
+        ({"codec_shares": []}, "or none of them"),
+        ({"codecs": ["int8", "int8"]}, "a codec twice"),
+        ({"codecs": ["none"]}, "a codec twice, or none"),
+        ({"codecs": ["int5"]}, "statistics.damage.codecs"),
+        ({"codec_policies": ["h2o"]}, "one that was not measured"),
+        ({"codec_shares": [0.5, 0.3]}, "must rise"),
+        ({"codec_shares": [0.5, 1.5]}, "must rise above 0 and up to 1"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_codecs_must_hold_together(change, told, tmp_path):
+    values = json.loads(build_profile().to_json())
+    measured = {"policies": ["gauss"], "budgets": [0.5], "kinds": ["recall"]}
+    sizes = {"passages": 1, "passage_tokens": 8, "continuation_tokens": 8}
+    values["statistics"]["damage"] = {**measured, **sizes, **CODECS, **change}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(values))
+    if told is None:
+        assert load_profile(path).statistics.damage.codecs == ["int8", "int4"]
+    else:
+        _refused(path, 3, told)
+
+
+@pytest.mark.parametrize("codec", ["int5", "", None, 8, "X-mine"])
+@pytest.mark.parametrize("part", ["key_codec", "value_codec"])
+def test_a_codec_nobody_knows(codec, part, tmp_path):
+    _refused(_edited(tmp_path, ("plan", "layers", 0, "heads", 0, part), codec), 3, part)
+    foreign = load_profile(_edited(tmp_path, ("plan", "layers", 0, "heads", 0, part), "x-mine"))
+    assert getattr(foreign.plan.layers[0].heads[0], part) == "x-mine"

@@ -55,7 +55,7 @@ def world(tiny_folder, tiny_profile, tmp_path, monkeypatch):
     (tmp_path / "copied").mkdir()
     shutil.copy(tmp_path / "profile.json", tmp_path / "copied")
     values = json.loads((tmp_path / "profile.json").read_text())
-    (tmp_path / "newer.json").write_text(json.dumps({**values, "schema_version": 2}))
+    (tmp_path / "newer.json").write_text(json.dumps({**values, "schema_version": 3}))
     partial_path(tmp_path / "started.json").mkdir()
     (partial_path(tmp_path / "started.json") / "sample-00001.safetensors").write_bytes(b"some statistics")
     monkeypatch.chdir(tmp_path)
