@@ -1,7 +1,7 @@
 """Every name a policy or a plan can be written with, once: for the schema, the command line, the solver and the runtime.
 
 No import here but `typing`: `kvprofile --help` reads these names and loads no torch. The functions behind a policy's names are
-in the tables of `merging/`; a test keeps the two in step.
+in the tables of `merging/`, codecs in `codecs/table.py`; tests keep them in step.
 """
 
 from typing import Literal, get_args
