@@ -32,7 +32,7 @@ from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.device_memory import explaining_memory
 from kvprofile.models.load import LoadedModel
 from kvprofile.names import AUTO
-from kvprofile.planning.solve import check_budget
+from kvprofile.planning.reach import check_budget
 from kvprofile.profile.schema import Profile
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.samples import Sample, SampleSet

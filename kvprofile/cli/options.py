@@ -75,7 +75,7 @@ class Budget(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The share as a number; raises UsageError for a number that is none."""
         from kvprofile.errors import UsageError
-        from kvprofile.planning.solve import check_budget
+        from kvprofile.planning.reach import check_budget
 
         text = str(value).strip()
         try:

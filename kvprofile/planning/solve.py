@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.errors import MismatchError, UsageError
+from kvprofile.planning.reach import check_budget, check_reach
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,6 @@ class Solution:
 
     share: NDArray[np.float64]
     epsilon: NDArray[np.float64]
-
-
-def check_budget(budget: float) -> float:
-    """Return the budget, or raise UsageError if it is not a fraction of slots to keep."""
-    if not 0.0 < budget <= 1.0:
-        raise UsageError(
-            f"budget {budget:g} is not a fraction of slots to keep; expected above 0 and at most 1, for example 0.5"
-        )
-    return budget
 
 
 def solve(
@@ -57,12 +48,12 @@ def solve(
     else:
         groups = curves.reshape(layers * heads, -1)
     floor = float(groups[:, 0].max())
-    if budget < floor - 1e-9:
-        raise MismatchError(
-            f"budget {budget:g} is out of reach: protected tokens and the set rule keep at least {floor:.3f} of the slots "
-            f"somewhere; ask for a budget from {np.ceil(floor * 1000) / 1000:.3f} to 1, or calibrate with a policy that "
-            "protects less"
-        )
+    check_reach(
+        budget,
+        floor,
+        because="protected tokens and the set rule keep at least {lowest} of the slots somewhere",
+        instead=", or calibrate with a policy that protects less",
+    )
     found = thresholds_of(thresholds, groups, np.full(len(groups), budget))
     if rule == "common":
         epsilon = np.broadcast_to(found, (layers, heads)).copy()

@@ -1,4 +1,4 @@
-// A budget's allocation as kvprofile/allocate.py and plans.py make it: the same names, the same order of arithmetic.
+// A budget's allocation as kvprofile/planning makes it where slots are counted: the same names, the same order of arithmetic.
 "use strict";
 
 const TINY = 1e-12;

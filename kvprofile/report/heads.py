@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.planning.plans import OBJECTIVES
+from kvprofile.planning.objectives import OBJECTIVES
 from kvprofile.profile.schema import Profile
 
 SHOWN = 6  # similarity maps

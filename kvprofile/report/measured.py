@@ -1,6 +1,6 @@
 """What the check measured, read off the profile."""
 
-from kvprofile.planning.plans import OBJECTIVES
+from kvprofile.planning.objectives import OBJECTIVES
 from kvprofile.profile.schema import Fidelity, ModeCheck, Profile
 
 

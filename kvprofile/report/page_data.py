@@ -10,8 +10,11 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from kvprofile.names import AUTO
-from kvprofile.planning.allocate import STEPS, lower_envelope
-from kvprofile.planning.plans import OBJECTIVES, damage_curves, protected_share
+from kvprofile.planning.allocate import STEPS
+from kvprofile.planning.by_damage import policy_choices
+from kvprofile.planning.choices import lower_envelope
+from kvprofile.planning.evidence import protected_share
+from kvprofile.planning.objectives import OBJECTIVES, damage_curves
 from kvprofile.profile.schema import Profile
 from kvprofile.report.budgets import BYTES
 from kvprofile.report.figures import Subject
@@ -78,16 +81,16 @@ def _solver(subject: Subject) -> dict[str, Any] | None:
     if profile.plan.granularity == "head":
         groups = groups.transpose(0, 2, 1, 3).reshape(-1, len(names), 1, groups.shape[-1])
     tokens = profile.calibration.measured.tokens
-    floor = np.array([protected_share(profile.policies[name].protection, tokens) for name in names])
+    floor = [protected_share(profile.policies[name].protection, tokens) for name in names]
     budgets = np.array(measured.budgets)
-    taken = lower_envelope(budgets, groups.sum(axis=2), floor, 1.0)[2]
+    taken = lower_envelope(policy_choices(budgets, groups.sum(axis=2), floor), STEPS).choice
     chosen = [sorted(set(row.tolist())) for row in taken]
     curves = [group[some] for group, some in zip(groups, chosen, strict=True)]
     return {
         "steps": STEPS,
         "budgets": budgets.tolist(),
         "policies": names,
-        "floor": floor.tolist(),
+        "floor": floor,
         "granularity": profile.plan.granularity,
         "flags": _flags(profile, names),
         "candidates": chosen,

@@ -71,15 +71,15 @@ def test_the_budget_is_spent_to_the_last_slot_within_floor_and_cap(problem):
     budgets, damage, floor, cap, budget = problem
     found = allocate(budgets, damage, budget, floor=floor, cap=cap)
     heads = len(damage)
-    assert found.share.shape == found.policy.shape == found.damage.shape == (heads,)
+    assert found.share.shape == found.choice.shape == found.damage.shape == (heads,)
     assert found.share.mean() == pytest.approx(budget, abs=1e-9)
     assert (found.share >= floor.min() - 1e-9).all()
     assert (found.share <= cap + 1e-9).all()
     # A policy gets at least what its protected tokens take.
-    assert (found.share >= floor[found.policy] - 1e-8).all()
+    assert (found.share >= floor[found.choice] - 1e-8).all()
     for head in range(heads):
         # What is predicted is no less than the chosen policy does at the share, and no more than a grid step before.
-        share, curve = found.share[head], damage[head, found.policy[head]]
+        share, curve = found.share[head], damage[head, found.choice[head]]
         assert damage_at(budgets, curve, share) <= found.damage[head] * (1 + 1e-9) + 1e-12
         below = max(low for low in grid_of(floor, cap, module.STEPS) if low <= share + 1e-9)
         assert found.damage[head] == pytest.approx(
@@ -177,7 +177,9 @@ def test_the_order_of_heads_does_not_matter_and_answers_repeat(problem, data):
     found = allocate(budgets, damage, budget, floor=floor, cap=cap)
     again = allocate(budgets, damage.copy(), budget, floor=floor.copy(), cap=cap)
     moved = allocate(budgets, damage[order], budget, floor=floor, cap=cap)
-    assert all(np.array_equal(getattr(found, name), getattr(again, name)) for name in ("share", "policy", "damage"))
+    assert all(
+        np.array_equal(getattr(found, name), getattr(again, name)) for name in ("cost", "share", "choice", "damage")
+    )
     assert moved.damage.sum() == pytest.approx(found.damage.sum(), rel=1e-9, abs=1e-11)
     assert moved.bound == pytest.approx(found.bound, rel=1e-9, abs=1e-11)
 
@@ -188,7 +190,7 @@ def test_equal_heads_and_equal_policies(budget):
     budgets = np.array([0.1, 0.2, 0.4, 0.8])
     found = allocate(budgets, np.tile(curve, (5, 3, 1)), budget, floor=0.1)
     assert found.share.mean() == pytest.approx(budget, abs=1e-9)
-    assert found.policy.tolist() == [0] * 5  # the earlier of equals
+    assert found.choice.tolist() == [0] * 5  # the earlier of equals
     twice = allocate(budgets, np.tile(curve, (5, 3, 1)), budget, floor=0.1)
     assert np.array_equal(found.share, twice.share)
 
@@ -244,9 +246,9 @@ def test_policies_whose_protected_tokens_do_not_fit_are_not_chosen(coarse):
     damage = np.array([[[4.0, 3.0], [0.1, 0.05]]] * 3)
     found = allocate(np.array([0.1, 0.8]), damage, 0.45, floor=np.array([0.1, 0.6]))
     assert found.share.mean() == pytest.approx(0.45)
-    for share, policy in zip(found.share, found.policy, strict=True):
+    for share, policy in zip(found.share, found.choice, strict=True):
         assert policy == (share >= 0.6)
-    assert set(found.policy) == {0, 1}
+    assert set(found.choice) == {0, 1}
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.0004, 0.003])
@@ -264,4 +266,4 @@ def test_a_budget_just_above_the_floor_is_kept_however_steep_the_curves(*, apart
     found = allocate(np.array(BUDGETS), damage, budget, floor=floors)
     assert found.share.mean() == pytest.approx(budget, abs=1e-9)
     assert (found.share >= floor - 1e-9).all()
-    assert (found.share >= floors[found.policy] - 1e-8).all()
+    assert (found.share >= floors[found.choice] - 1e-8).all()

@@ -87,7 +87,7 @@ def test_shares_follow_damage(objective, budget):
     expected = allocate(np.array(BUDGETS), curves, budget, floor=0.036)
     heads = heads_of(plan)
     assert [head.share for head in heads] == pytest.approx(expected.share.tolist(), abs=1e-6)
-    assert [head.policy for head in heads] == [NAMES[policy] for policy in expected.policy]
+    assert [head.policy for head in heads] == [NAMES[policy] for policy in expected.choice]
     assert plan.damage_bound == pytest.approx(expected.bound, rel=1e-3)
     assert np.mean([head.share for head in heads]) == pytest.approx(budget, abs=1e-6)
     assert (plan.policy, plan.rule, plan.objective, plan.predicted_ratio) == ("auto", "damage", objective, budget)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.names import GRANULARITIES
-from kvprofile.planning.solve import check_budget, interpolate, solve, thresholds_of
+from kvprofile.planning.reach import check_budget
+from kvprofile.planning.solve import interpolate, solve, thresholds_of
 from tests.unit.reference import PROPERTY
 
 MODES = [(rule, granularity) for rule in ("uniform", "common") for granularity in GRANULARITIES]

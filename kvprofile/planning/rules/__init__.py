@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.errors import MismatchError, UsageError
+from kvprofile.errors import UsageError
 from kvprofile.planning.allocate import STEPS
+from kvprofile.planning.reach import check_reach
 from kvprofile.planning.rules.cake import cake
 from kvprofile.planning.rules.dynamickv import dynamickv
 from kvprofile.planning.rules.fit import on_grid
@@ -59,9 +60,5 @@ def rule_shares(
             "measured, or the model does not show it; calibrate anew, or give another --rule"
         )
     floor = math.ceil(floor * STEPS - 1e-9) / STEPS
-    if budget < floor - 1e-9:
-        raise MismatchError(
-            f"budget {budget:g} is out of reach: protected tokens keep at least {floor:.3f} of the slots of every layer; ask "
-            f"for a budget from {math.ceil(floor * 1000) / 1000:.3f} to 1"
-        )
+    check_reach(budget, floor, because="protected tokens keep at least {lowest} of the slots of every layer")
     return on_grid(rule.shares(*(rows[name] for name in rule.needs), budget=budget, floor=floor), budget)
