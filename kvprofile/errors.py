@@ -1,8 +1,9 @@
-"""The errors a user can cause, each with the exit code the command line ends with.
+"""The errors a user can cause, each with the exit code the command line ends with, and the look of too little memory.
 
 A message is one line: what went wrong, what was got, what was expected, what to do next.
 """
 
+import errno
 import re
 
 LONGEST = 2000  # characters of a message; what a file says about itself may be as long as the file
@@ -30,3 +31,30 @@ class MismatchError(KVProfileError):
     """The profile does not fit the model, or the budget cannot be met (exit code 3)."""
 
     exit_code = 3
+
+
+# Only devices have an error of their own in torch; a CPU that refuses memory, and libraries on a device, raise RuntimeError.
+# A library that no longer fits while it is imported is an ImportError, a file that cannot be mapped an error of its reader.
+_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+    "alloc_failed",
+)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, means that memory was asked for and not given. Imports nothing."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        if isinstance(link, MemoryError) or getattr(link, "errno", None) == errno.ENOMEM:
+            return True
+        if any(sign in str(link).lower() for sign in _MEMORY):
+            return True
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return False

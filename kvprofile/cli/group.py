@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from kvprofile.errors import KVProfileError
+from kvprofile.errors import KVProfileError, is_memory
 
 # Where torchao is installed, transformers imports it, and it warns of every CUDA library that this machine cannot load.
 IMPORT_NOISE = ("torchao", "torch.utils._pytree")
+SPARE = 4 * 2**20  # bytes held back, to have a little to work with where memory has run out
 
 
 class Group(click.Group):
@@ -22,19 +23,20 @@ class Group(click.Group):
         """Run the command that was asked for."""
         for name in IMPORT_NOISE:
             logging.getLogger(name).setLevel(logging.ERROR)
+        spare = bytearray(SPARE)
         try:
             return super().invoke(ctx)
         except KVProfileError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except (MemoryError, RuntimeError) as error:
-            from kvprofile.models.device_memory import is_memory
-
+        except Exception as error:
+            del spare
             if not is_memory(error):
                 raise
-            # Where a model is read or run, the message is better: this is for loading it, and for all that needs none.
-            click.echo("Error: out of memory; close other programs, or take a smaller model or --dtype", err=True)
-            ctx.exit(1)
         except KeyboardInterrupt as interrupt:
             click.echo(str(interrupt) or "Interrupted. Nothing was written.", err=True)
             ctx.exit(130)
+        # Here the error and the frames it came through are gone, and with them what they held. Where a model is read or run,
+        # the message is better: this is for loading it, and for all that needs none.
+        click.echo("Error: out of memory; close other programs, or take a smaller model or --dtype", err=True)
+        ctx.exit(1)

@@ -4,14 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kvprofile.errors import KVProfileError
+from kvprofile.errors import KVProfileError, is_memory
 from kvprofile.models.offloading import input_device
 
 if TYPE_CHECKING:
     import torch
-
-# Only devices have an error of their own in torch; a CPU that refuses memory, and libraries on a device, raise RuntimeError.
-_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 @contextmanager
@@ -32,11 +29,6 @@ def explaining_memory(model: "torch.nn.Module", doing: str, shorten: str, kept: 
         raise KVProfileError(
             f"out of memory while {doing} ({told.rstrip('.') or type(error).__name__}); {', or '.join(ways)}{kept}"
         ) from error
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether an error means that memory was asked for and not given."""
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def device_peaks(model: "torch.nn.Module") -> dict[str, int]:

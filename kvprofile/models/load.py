@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.errors import KVProfileError, UsageError
+from kvprofile.errors import KVProfileError, UsageError, is_memory
 from kvprofile.models.configurations import bundled_configuration
 from kvprofile.models.gguf import converted_file, converted_wheel, is_converted
 from kvprofile.models.names import Source, resolve
@@ -317,7 +317,8 @@ def explain(error: BaseException, source: Source) -> str:
 
     transformers wraps what really happened in an OSError of several lines, so the chain of causes is searched.
     """
-    import torch
+    if is_memory(error):
+        return f"{source.label} does not fit into the device's memory: use a device map, a smaller dtype or the CPU"
     from huggingface_hub import constants, errors
     from safetensors import SafetensorError
 
@@ -347,8 +348,6 @@ def explain(error: BaseException, source: Source) -> str:
         return f"the hub cannot be reached for {repo} ({_first_line(chain[-1])}): check the network, {FOLDER_INSTEAD}"
     if happened(SafetensorError):
         return f"the safetensors of {label} are damaged or cut short ({_first_line(error)}): fetch them again"
-    if happened(torch.OutOfMemoryError, MemoryError):
-        return f"{label} does not fit into the device's memory: use a device map, a smaller dtype or the CPU"
     if "`use_safetensors=True`" in str(error):
         return (
             f"{label} has no safetensors; if it has pickle files, which can run code, and you trust it: --allow-pickle"

@@ -1,16 +1,22 @@
 """Out of memory, simulated where it happens: one line says what to lower, and what was finished is kept."""
 
+import builtins
+import errno
 import os
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 
 from kvprofile.calibration.measure.statistics import Statistics
 from kvprofile.calibration.partials import partial_path, sample_files
 from kvprofile.calibration.sensitivity import read_probe
+from kvprofile.cli.group import Group
 from kvprofile.errors import KVProfileError
 from kvprofile.models.device_memory import explaining_memory
-from kvprofile.models.load import LoadedModel
+from kvprofile.models.load import LoadedModel, explain
+from kvprofile.models.names import Source
 from tests.pretend_cuda import on_cuda
 from tests.unit.conftest import run
 from tests.unit.test_cli import refused
@@ -44,6 +50,19 @@ def failing(function, error, after):
     return call
 
 
+# Of memory that runs out while libraries are imported or files are mapped, as glibc, torch and safetensors word it.
+ELSEWHERE = {
+    "import": ImportError("_dierckx.cpython-311-x86_64-linux-gnu.so: failed to map segment from shared object"),
+    "thread-local storage": ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
+    "system call": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "mapping": RuntimeError(
+        "unable to mmap 538090408 bytes from file <model.safetensors>: Cannot allocate memory (12)"
+    ),
+    "safetensors": ValueError('Os { code: 12, kind: OutOfMemory, message: "Cannot allocate memory" }'),
+    "C++": RuntimeError("std::bad_alloc"),
+}
+
+
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 def test_every_way_of_running_out_is_told_in_one_line(error):
     model = tiny_model()
@@ -74,6 +93,48 @@ def test_another_error_stays_itself():
         explaining_memory(tiny_model(), "reading", "read less"),
     ):
         raise RuntimeError("shapes differ")
+
+
+def ended(error, monkeypatch):
+    """How a command ends in which no more can be imported, and then there is this error."""
+
+    @click.group(cls=Group)
+    def main():
+        pass
+
+    @main.command()
+    def work():
+        def nothing(*_arguments):
+            raise MemoryError
+
+        patched.setattr(builtins, "__import__", nothing)
+        raise error
+
+    with monkeypatch.context() as patched:
+        return CliRunner().invoke(main, ["work"])
+
+
+@pytest.mark.parametrize("error", [*ERRORS.values(), *ELSEWHERE.values()], ids=[*ERRORS, *ELSEWHERE])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "wrapped"])
+def test_a_command_that_has_no_memory_left_says_so(error, wrapped, monkeypatch):
+    if wrapped:  # as transformers wraps what its lazy imports meet
+        outer = RuntimeError("Failed to import transformers.models.llama because of the following error (look up)")
+        outer.__cause__ = error
+        error = outer
+    result = ended(error, monkeypatch)
+    assert result.exit_code == 1
+    assert result.output == "Error: out of memory; close other programs, or take a smaller model or --dtype\n"
+
+
+def test_a_command_that_fails_otherwise_shows_its_error(monkeypatch):
+    wrong = ImportError("cannot import name 'stop'")
+    assert ended(wrong, monkeypatch).exception is wrong
+
+
+@pytest.mark.parametrize("error", [*ERRORS.values(), *ELSEWHERE.values()], ids=[*ERRORS, *ELSEWHERE])
+def test_a_model_that_cannot_be_loaded_for_want_of_memory_is_not_called_damaged(error):
+    told = explain(error, Source("tiny", "folder", "tiny"))
+    assert told == "folder:tiny does not fit into the device's memory: use a device map, a smaller dtype or the CPU"
 
 
 def test_finished_samples_are_kept_and_resumed(tiny_folder, tiny_text_file, tmp_path, monkeypatch):
