@@ -170,7 +170,9 @@ def told(done: "subprocess.CompletedProcess[str]") -> str | None:
     if "Traceback" in done.stderr:
         return f"a traceback: {done.stderr.strip().splitlines()[-1][:200]}"
     if done.returncode < 0:
-        return None  # C++, glibc or OpenBLAS had no memory and aborted or waited for some: no Python runs there any more
+        return (
+            None  # C++, glibc or OpenBLAS had no memory and aborted or waited for some: no Python runs there any more
+        )
     return None if done.returncode in (1, 2, 3) and len(lines) == 1 else f"exit {done.returncode}: {done.stderr[-200:]}"
 
 

@@ -97,8 +97,20 @@ class AttentionCall:
                 "this model's attention adds a position bias, which a merged cache does not support; generate with the stock "
                 "cache"
             )
-        if self.options.get("dropout"):
+        if self.options.get("dropout") or _drops(self.module):
             raise KVProfileError("a merged cache is for inference, and this model is in training; call model.eval()")
+
+
+def _drops(module: torch.nn.Module | None) -> bool:
+    """Whether the model leaves something out at random now, as far as its configuration or the module's own parts say.
+
+    Attention's own dropout comes with the call; this is layerdrop, dropout of hidden states, and that of adapters.
+    """
+    if module is None or not module.training:
+        return False
+    own = any(isinstance(part, torch.nn.Dropout) and part.p for part in module.modules())
+    settings = vars(module.config).items() if hasattr(module, "config") else ()
+    return own or any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)
 
 
 def _stock_attention(implementation: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -95,6 +95,32 @@ def test_gradients(training, share):
     model(text, past_key_values=cache)
 
 
+@pytest.mark.parametrize("where", ["configuration", "adapter"])
+@torch.no_grad()
+def test_a_model_in_training_that_leaves_things_out_at_random(where):
+    model, text = tiny_model(), tiny_text(80)
+    cache = merging(model).cache()
+    model(text[:, :70], past_key_values=cache)
+    if where == "configuration":
+        model.config.layerdrop = 0.1
+    else:
+        model.model.layers[1].self_attn.lora_dropout = torch.nn.Dropout(0.1)
+    model.train()
+    with pytest.raises(KVProfileError, match=r"this model is in training; call model\.eval\(\)"):
+        model(text[:, 70:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_model_in_training_without_dropout_is_as_in_eval():
+    model, text = tiny_model(), tiny_text(80)
+    merger, answers = merging(model), []
+    for training in (False, True):
+        cache = merger.cache()
+        model.train(training)
+        answers += [model(piece, past_key_values=cache).logits for piece in text.split(70, dim=1)][1:]
+    assert torch.equal(*answers)
+
+
 def test_a_model_cast_or_switched_with_a_live_cache():
     model, text = tiny_model(), tiny_text(81)
     merger = merging(model)

@@ -136,6 +136,17 @@ def _rows(change: Callable[[Cache], None], rows: list[int]) -> Callable[[Beside]
     return same
 
 
+def _training(dropout: float) -> Callable[[Beside], bool]:
+    def as_in_eval(it: Beside) -> bool:
+        it.model.config.layerdrop = dropout  # of a model that has it
+        cache, other = it.cache(), it.cache()
+        expected = it.read(cache, 0, TOKENS, TOKENS + 9)
+        it.model.train()
+        return torch.equal(it.read(other, 0, TOKENS, TOKENS + 9), expected)
+
+    return as_in_eval
+
+
 def _crop(removed: int) -> Callable[[Beside], bool]:
     def as_never_read(it: Beside) -> bool:
         cache, shorter = it.cache(), it.cache()
@@ -207,6 +218,8 @@ QUESTIONS: dict[str, Callable[[Beside], bool]] = {
     "`copy.deepcopy`": _copied,
     "`output_attentions`": _weights,
     "`use_cache=False` beside the cache": _generation({"use_cache": False}),
+    "`model.train()` without dropout, under `no_grad`: as in eval": _training(0.0),
+    "`model.train()` with dropout or layerdrop": _training(0.1),
     "pickling": _pickled,
     "`offload`": _offloaded,
 }
@@ -238,7 +251,10 @@ Below a budget of 1 a *no* is what merging is for: later tokens see slots where 
 differ, and what was read in one piece is attended to before it is merged, what is read in several is not. Single keys
 and values are not kept as a tensor of the stock shape. Our layers are made with the first keys, so the cache never says
 that it can be initialized early, and it does not promise that any `crop` leaves no trace: while drafts are recorded it
-does, otherwise as far as the newest tokens are not merged.
+does, otherwise as far as the newest tokens are not merged. In training a merged cache is refused where a gradient would
+be needed, and where the model leaves something out at random (dropout of its configuration, of the attention module's
+own parts, layerdrop); a model without these gives in training what it gives in eval. At a budget of 1 attention is the
+stock one, dropout and all.
 """
 
 
