@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared.trials import make_trials
 from transformers import DynamicCache
 
 import kvprofile
 from kvprofile.evaluate.check import run_merged
-from kvprofile.evaluate.fidelity import distance, make_trial, read_through
+from kvprofile.evaluate.fidelity import distance, read_through
 from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.evaluate.methods import uniform_plan
 from kvprofile.merging.policies import POLICIES
@@ -68,20 +69,14 @@ def main() -> None:
     profile = kvprofile.load_profile(arguments.profile)
     damage = kvprofile.load_arrays(profile, arguments.profile).get("damage_mean")
     loaded = kvprofile.load_model(arguments.model or profile.model.name)
-    trials = []
-    for text in arguments.text or ["builtin=builtin"]:
-        kind, spec = text.split("=", 1)
-        blocks = kvprofile.make_samples(
-            kvprofile.load_documents(spec, column=arguments.column, seed=arguments.seed + 1000),
-            loaded.tokenizer,
-            samples=arguments.documents,
-            tokens=arguments.tokens,
-            held_out=0,
-            continuation=256,
-            seed=arguments.seed,
-        )
-        for index, sample in enumerate(blocks.calibration):
-            trials.append((kind, make_trial(sample.context, sample.continuation, arguments.seed * 1000 + index)))
+    trials = make_trials(
+        loaded,
+        arguments.text,
+        documents=arguments.documents,
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        column=arguments.column,
+    )
     rows: list[dict[str, Any]] = []
     for index, (kind, trial) in enumerate(trials):
         sizes: list[int] = []

@@ -1,4 +1,8 @@
-"""8-bit floating point, with a scale of every vector. Its steps grow with the numbers, so that turning would gain nothing."""
+"""8-bit floating point, with a scale of every vector, after a rotation.
+
+Its steps grow with the numbers: without the rotation it is the channels that stand out, those a query looks at most, that lose
+most. Turned, e4m3 loses a third of what it loses else.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvprofile.codecs.rotation import turn
 from kvprofile.codecs.scales import NBYTES, rounded_up
 
 
@@ -18,7 +23,7 @@ class Floats:
 
     name: str
     dtype: torch.dtype
-    rotated: bool = False
+    rotated: bool = True
 
     def nbytes(self, dim: int) -> int:
         """Elements and scale."""
@@ -26,7 +31,7 @@ class Floats:
 
     def encode(self, vectors: Tensor, mean: Tensor | None = None) -> tuple[Tensor, ...]:
         """Two parts: elements as bytes, and the scale."""
-        vectors = vectors.float() if mean is None else vectors.float() - mean
+        vectors = turn(vectors.float() if mean is None else vectors.float() - mean)
         scale = rounded_up(vectors.abs().amax(-1, keepdim=True) / torch.finfo(self.dtype).max)
         return (vectors / scale.float()).to(self.dtype).view(torch.uint8), scale
 
@@ -34,7 +39,7 @@ class Floats:
         """Element times scale."""
         elements, scale = parts
         vectors = _widened(elements, self.dtype) * (scale.float() * _WIDENING[self.dtype])
-        return vectors if mean is None else vectors.add_(mean.float())
+        return vectors if mean is None else vectors.add_(turn(mean.float()))
 
 
 # What the float16 that an 8-bit number's bits make has to be multiplied with: the difference of the exponents' biases.
