@@ -30,7 +30,7 @@ def make(layers: int, kv_heads: int, path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import kvprofile
-    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.calibration.probe_mix import ProbeMix
     from kvprofile.models.load import LoadedModel
     from kvprofile.samples import Sample, SampleSet
 

@@ -15,7 +15,7 @@ import numpy as np
 from kvprofile.calibration.calibrate import CANDIDATES
 from kvprofile.calibration.measure.statistics import Statistics
 from kvprofile.calibration.partials import Partial, join
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
 from kvprofile.profile.schema import Calibration, ModelFacts, PolicyFacts, TextFacts

@@ -31,7 +31,7 @@ from transformers import DynamicCache
 import kvprofile
 from kvprofile.calibration.calibrate import CANDIDATES, measure
 from kvprofile.calibration.planting import Question, plant
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.evaluate.fidelity import distance, fill, make_trial, read_parts
 from kvprofile.planning.plans import replan
 from kvprofile.runtime.merger import KVMerger

@@ -20,7 +20,8 @@ from kvprofile.calibration.measure.damage import BUDGETS, damage
 from kvprofile.calibration.measure.probed import Reading
 from kvprofile.calibration.observe import observing
 from kvprofile.calibration.planting import plant
-from kvprofile.calibration.probes import ProbeMix, make_probe
+from kvprofile.calibration.probe_mix import ProbeMix
+from kvprofile.calibration.probes import make_probe
 from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.evaluate.methods import ANCHOR_EPSILON, Method, uniform_plan
 from kvprofile.evaluate.rows import digest, identity

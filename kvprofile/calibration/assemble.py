@@ -14,7 +14,7 @@ from kvprofile.calibration.measure.damage import BUDGETS
 from kvprofile.calibration.measure.persistence import persistence
 from kvprofile.calibration.measure.ratios import THRESHOLDS
 from kvprofile.calibration.measure.statistics import Statistics
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
 from kvprofile.planning.plans import make_plan

@@ -18,7 +18,8 @@ from kvprofile.calibration.measure.statistics import Statistics
 from kvprofile.calibration.observe import observing
 from kvprofile.calibration.partials import Partial, join
 from kvprofile.calibration.planting import plant
-from kvprofile.calibration.probes import ProbeMix, make_probe
+from kvprofile.calibration.probe_mix import ProbeMix
+from kvprofile.calibration.probes import make_probe
 from kvprofile.calibration.runs import Run, empty_statistics, facts_of, run_of
 from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.calibration.tracking import Parts, Track, untracked

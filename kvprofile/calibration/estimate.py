@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.calibration.cost import Sizes, Work, checking, measuring, memory
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.profile.fingerprint import model_facts
 
 if TYPE_CHECKING:

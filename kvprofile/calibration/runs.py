@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from kvprofile.calibration.measure.damage import DamageCurves
 from kvprofile.calibration.measure.statistics import Statistics
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.run_facts import run_facts
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.merging.policies import POLICIES, Policy

@@ -168,7 +168,7 @@ def _estimate(
     """Print what the run would cost, from the model's configuration alone."""
     from kvprofile.calibration.calibrate import candidates_for
     from kvprofile.calibration.estimate import estimate
-    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.calibration.probe_mix import ProbeMix
     from kvprofile.models.context_length import beyond_context, longest_text
     from kvprofile.models.load import load_config
     from kvprofile.report import terminal

@@ -97,6 +97,9 @@ def calibrate(request: Request) -> None:
 
 def _check(request: Request, workers: "Workers") -> None:
     """Find out before the work what cannot succeed."""
+    from kvprofile.calibration.probe_mix import ProbeMix
+
+    ProbeMix.parse(request.probes)
     output = request.output
     if output.suffix == ".safetensors":
         raise UsageError(f"-o {output} is the name the arrays would get; give the profile a name that ends in .json")
@@ -179,7 +182,7 @@ def _shard(
     quiet: bool,
 ) -> None:
     from kvprofile.calibration.calibrate import calibrate_shard
-    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.calibration.probe_mix import ProbeMix
 
     measured = calibrate_shard(
         loaded,
@@ -203,7 +206,7 @@ def _shard(
 def _profile(request: Request, loaded: "LoadedModel", samples: "SampleSet", workers: "Workers", quiet: bool) -> None:
     from kvprofile.calibration.calibrate import calibrate as run
     from kvprofile.calibration.partials import remove_samples
-    from kvprofile.calibration.probes import ProbeMix
+    from kvprofile.calibration.probe_mix import ProbeMix
     from kvprofile.profile.storage import save_profile
     from kvprofile.report import terminal
     from kvprofile.report.budgets import costs

@@ -74,22 +74,26 @@ class MergedCache(Cache):
         """True if any head of any layer is to be merged."""
         return not all(layer.setting.keeps_all for layer in self.merged)
 
-    def follow(self, ids: Tensor | None, mask: Tensor | None, *, begins: bool) -> None:
+    def follow(self, ids: Tensor | None, *, new: int | None, positions: Tensor | None, begins: bool) -> None:
         """Take note of the token ids `(batch, tokens)` of a step of `generate`; None: they are not known.
 
-        `mask` is its 2D attention mask, which covers the text from the beginning. Only where a generation `begins` are the ids
-        compared, once, with those seen before. Raises KVProfileError if they are another text's.
+        The last `new` of them are to be read, all where it is None; `positions` are those the step was given. Only where a
+        generation `begins` are the ids compared, once, with those seen before. Raises KVProfileError if they are
+        another text's, or would be read twice.
         """
+        seen = self.get_seq_length()
+        if begins and seen:
+            _check_unread(ids, new, positions, seen)
         if ids is None:
             self.text = None
             return
-        end = mask.shape[-1] if mask is not None and mask.ndim == 2 else ids.shape[-1]
-        start, seen = end - ids.shape[-1], self.get_seq_length()
-        if begins and self.text is not None and end > seen:
+        end = seen + (ids.shape[-1] if new is None else new)
+        start = end - ids.shape[-1]
+        if begins and self.text is not None:
             first, known = self.text
             low, high = max(start, first), min(seen, first + known.shape[-1])
-            old, new = known[:, low - first : high - first], ids[:, low - start : high - start]
-            if low < high and len(old) == len(new) and not torch.equal(old, new.to(old.device)):
+            old, again = known[:, low - first : high - first], ids[:, low - start : high - start]
+            if low < high and len(old) == len(again) and not torch.equal(old, again.to(old.device)):
                 raise KVProfileError(
                     f"the {end} tokens passed do not begin with the {seen} this cache has seen, so they are no next turn; "
                     "start another text with a new merger.cache()"
@@ -170,3 +174,26 @@ def _tensors(held: Any) -> list[Tensor]:
         return [held]
     parts = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
     return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _check_unread(ids: Tensor | None, new: int | None, positions: Tensor | None, seen: int) -> None:
+    """Raise KVProfileError where `generate` begins to read, after the `seen` tokens, some of these once more."""
+    # Of a text that is no longer than what was seen, transformers slices what is new by a negative number, and reads that.
+    left = 1 if positions is None else positions.shape[-1]
+    if (left if new is None else new) <= 0:
+        raise KVProfileError(
+            f"no new tokens: the cache has seen {seen} tokens, which is all of the text passed or more; start another text "
+            "with a new merger.cache()"
+        )
+    # Assisted decoding does not slice at all. Where a text is passed without its beginning, there are more positions than ids.
+    if (
+        new is None
+        and ids is not None
+        and left == ids.shape[-1]
+        and positions is not None
+        and not positions[..., 0].any()
+    ):
+        raise KVProfileError(
+            f"assisted decoding would read the {seen} tokens that the cache has seen once more; start with a new "
+            "merger.cache(), or go on without an assistant"
+        )

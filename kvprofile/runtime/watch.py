@@ -80,7 +80,12 @@ def _watching(prepare: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(cache, MergedCache):
             refuse_compiled(model)
             ids = None if options.get("inputs_embeds") is not None else input_ids
-            cache.follow(ids, options.get("attention_mask"), begins=bool(options.get("is_first_iteration")))
+            cache.follow(
+                ids,
+                new=options.get("next_sequence_length"),
+                positions=options.get("position_ids"),
+                begins=bool(options.get("is_first_iteration")),
+            )
         return prepare(model, input_ids, *arguments, **options)
 
     setattr(watched, _MARK, True)

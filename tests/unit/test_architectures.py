@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from kvprofile import KVMerger
 from kvprofile.calibration.measure.probed import Probed, Reading
 from kvprofile.calibration.observe import _WatchedLayer, observing
-from kvprofile.calibration.probes import KINDS, Probe
+from kvprofile.calibration.probe_mix import KINDS
+from kvprofile.calibration.probes import Probe
 from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.errors import KVProfileError
 from kvprofile.profile.fingerprint import model_facts

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from kvprofile import cli, names
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.cli import options
 from kvprofile.merging.policies import POLICIES
 from kvprofile.planning import plans, rules

@@ -50,6 +50,8 @@ except SystemExit as end:
         (("calibrate", "smolm2-135m"), 2, "unknown model 'smolm2-135m'"),
         (("calibrate", "smollm2-135m", "--device", "gpu"), 2, "unknown device 'gpu'"),
         (("calibrate", "smollm2-135m", "--policy", "snapkvv"), 2, "'snapkvv'"),
+        (("calibrate", "smollm2-135m", "--probes", "lookup=8"), 2, "--probes has 'lookup=8'"),
+        (("calibrate", "smollm2-135m", "--probes", "passages=0,continuation_tokens=0"), 2, "the probe mix is empty"),
         (("evaluate", "smolm2-135m", "--profile", "{profile}"), 2, "unknown model 'smolm2-135m'"),
         (("evaluate", "smollm2-135m", "--profile", "{profile}", "--task", "nothing"), 2, "unknown task 'nothing'"),
         (("evaluate", "smollm2-135m", "--profile", "{profile}", "--data", "none.txt"), 2, "'none.txt'"),

@@ -13,7 +13,8 @@ from kvprofile.calibration.measure import probed
 from kvprofile.calibration.measure.damage import BUDGETS, DamageCurves, damage
 from kvprofile.calibration.measure.probed import Reading
 from kvprofile.calibration.observe import observing
-from kvprofile.calibration.probes import Probe, ProbeMix, make_probe
+from kvprofile.calibration.probe_mix import ProbeMix
+from kvprofile.calibration.probes import Probe, make_probe
 from kvprofile.calibration.sensitivity import DRAWS, _gradients, read_probe
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.merge import merge_tokens

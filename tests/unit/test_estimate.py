@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvprofile.calibration.cost import Sizes, Work, checking, measuring, memory, prefill
 from kvprofile.calibration.estimate import LIBRARIES, Rates, estimate, measure_rates
 from kvprofile.calibration.measure.damage import BUDGETS
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.errors import UsageError
 from kvprofile.merging.nearest import WINDOW
 from kvprofile.models.configurations import bundled_configuration

@@ -6,7 +6,7 @@ import torch
 
 from kvprofile import KVMerger
 from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.evaluate.bench import run_fidelity
 from kvprofile.evaluate.methods import Method
 from kvprofile.evaluate.rows import Store

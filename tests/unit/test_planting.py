@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvprofile.calibration.planting import plant
-from kvprofile.calibration.probes import KINDS, UNCOUNTED, ProbeMix, make_probe
+from kvprofile.calibration.probe_mix import KINDS, ProbeMix
+from kvprofile.calibration.probes import UNCOUNTED, make_probe
 from kvprofile.errors import UsageError
 
 

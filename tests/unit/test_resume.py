@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from kvprofile.calibration.calibrate import CANDIDATES, measure, measure_into
 from kvprofile.calibration.partials import Partial, join, partial_path, sample_files
-from kvprofile.calibration.probes import ProbeMix
+from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.run_facts import run_facts
 from kvprofile.calibration.runs import run_of
 from kvprofile.calibration.tracking import Track

@@ -239,25 +239,40 @@ def test_parts_of_a_model_get_their_own_implementations_back():
 # -- a cache in the wrong place
 
 
-def _reused(length: int, padding: int = 0) -> Callable[[PreTrainedModel, MergedCache], Any]:
+def _reused(length: int, padding: int = 0, **more: int) -> Callable[[PreTrainedModel, MergedCache], Any]:
     text = tiny_text(length, seed=5)
     mask = torch.ones_like(text)
     mask[:, :padding] = 0
-    return lambda model, cache: model.generate(text, attention_mask=mask, past_key_values=cache, **OPTIONS)
+    return lambda model, cache: model.generate(text, attention_mask=mask, past_key_values=cache, **OPTIONS, **more)
 
 
 @pytest.mark.parametrize(
     ("use", "told"),
     [
         (_reused(60), "no new tokens: the cache has seen 139 tokens"),
-        (_reused(139, padding=3), "attention_mask covers 139 tokens, but with these the cache has seen 278"),
+        (_reused(139), "no new tokens: the cache has seen 139 tokens"),
+        (_reused(120), "no new tokens: the cache has seen 139 tokens"),
+        (_reused(120, prefill_chunk_size=16), "no new tokens: the cache has seen 139 tokens"),
+        (_reused(139, padding=3), "no new tokens: the cache has seen 139 tokens"),
+        (_reused(150, prompt_lookup_num_tokens=3), "assisted decoding would read the 139 tokens"),
+        (_reused(150, padding=3, prompt_lookup_num_tokens=3), "assisted decoding would read the 139 tokens"),
         (_reused(150, padding=3), "the 150 tokens passed do not begin with the 139 this cache has seen"),
         (
             lambda model, cache: model(tiny_text(20, batch=2), past_key_values=cache),
             "the cache holds 1 batch rows and was given 2",
         ),
     ],
-    ids=["shorter text", "padded text", "longer padded text", "another batch"],
+    ids=[
+        "much shorter text",
+        "text as long",
+        "shorter text",
+        "shorter text in chunks",
+        "padded text",
+        "assisted",
+        "assisted and padded",
+        "longer padded text",
+        "another batch",
+    ],
 )
 @torch.no_grad()
 def test_a_cache_used_again_by_mistake(use, told):

@@ -55,6 +55,29 @@ def test_a_text_that_is_not_the_next_turn(place, longer):
     model.generate(tiny_text(90, seed=2), past_key_values=cache, **OPTIONS)
 
 
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 16}], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("turn", ["new tokens only", "the whole text"])
+@torch.no_grad()
+def test_turns_of_either_kind_one_after_the_other(turn, options):
+    """A turn may come as the new tokens beside the mask of the whole text; the next one may come whole, and is compared."""
+    model, text = tiny_model(), tiny_text(160)
+    cache = merging(model).cache()
+    model.generate(text[:, :80], past_key_values=cache, **{**OPTIONS, "max_new_tokens": 1})
+    second = text[:, 80 if turn == "new tokens only" else 0 : 120]
+    mask = torch.ones(1, 120, dtype=torch.long)
+    model.generate(second, attention_mask=mask, past_key_values=cache, **{**OPTIONS, "max_new_tokens": 1, **options})
+    assert cache.get_seq_length() == 120
+    other = text.clone()
+    other[0, 118] = (other[0, 118] + 1) % 50  # of what was read in chunks the last is compared
+    refused(
+        "do not begin with the 120 this cache has seen",
+        cache,
+        lambda: model.generate(other, past_key_values=cache, **OPTIONS),
+    )
+    model.generate(text, past_key_values=cache, **OPTIONS)
+    assert cache.get_seq_length() == 164
+
+
 def test_a_text_cropped_and_continued_otherwise():
     model, text = tiny_model(), tiny_text(80)
     cache = merging(model).cache()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvprofile.calibration.measure.moments import Moments
 from kvprofile.calibration.measure.probed import Probed, Reading
-from kvprofile.calibration.probes import KINDS
+from kvprofile.calibration.probe_mix import KINDS
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
