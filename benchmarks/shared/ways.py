@@ -72,7 +72,9 @@ def of_rival(rival: Rival) -> Way:
         return rows, size / document.stock
 
     # The merged runtime decides nothing for a rival: its rows stay true when that changes.
-    code = code_digest("kvprofile.codecs.table", "kvprofile.evaluate.fidelity")
+    code = code_digest(
+        "kvprofile.codecs.table", "kvprofile.evaluate.fidelity", but=("kvprofile.models", "kvprofile.errors")
+    )
     source = Path(whole_cache.__file__).read_text(encoding="utf-8")
     return Way(rival.name, {"settings": rival.settings, "code": code, "source": source}, read)
 
