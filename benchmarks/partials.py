@@ -33,6 +33,7 @@ SHAPES = {
 def run_of(layers: int, heads: int, tokens: int, samples: int) -> Run:
     text = TextFacts(samples=samples, tokens=tokens, kinds={"prose": samples})
     return Run(
+        codecs=(),
         model=ModelFacts(
             name="any",
             source="any",

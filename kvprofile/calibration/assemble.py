@@ -3,6 +3,7 @@
 import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import transformers
 from numpy.typing import NDArray
 
 from kvprofile import __version__
+from kvprofile.calibration.measure.codec_damage import SHARES
 from kvprofile.calibration.measure.damage import BUDGETS
 from kvprofile.calibration.measure.persistence import persistence
 from kvprofile.calibration.measure.ratios import THRESHOLDS
@@ -17,6 +19,7 @@ from kvprofile.calibration.measure.statistics import Statistics
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
+from kvprofile.names import NO_CODEC
 from kvprofile.planning.plans import make_plan
 from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Profile
 from kvprofile.profile.schema import Statistics as StatisticsFacts
@@ -25,15 +28,18 @@ from kvprofile.profile.schema import Statistics as StatisticsFacts
 def make_profile(
     run: Run,
     statistics: Statistics,
-    budget: float,
+    budget: float | None = None,
     *,
+    bytes: float | None = None,
     rule: str | None = None,
     objective: str = "balanced",
     granularity: str = "head",
     mode: str = "exact",
     command: str = "",
 ) -> tuple[Profile, dict[str, NDArray[np.generic]]]:
-    """Solve for a budget; returns the profile and the big arrays. The profile has no check and names no arrays file yet.
+    """Solve for a budget, or for bytes; returns the profile and the big arrays.
+
+    The profile has no check and names no arrays file yet.
 
     `rule` spends the budget: by the measured damage unless said otherwise. `command` is what the profile records as its
     origin. Raises UsageError for a bad budget or choice, MismatchError where the budget is out of reach.
@@ -46,10 +52,12 @@ def make_profile(
         facts,
         None if statistics.damage is None else statistics.damage.moments.mean,
         budget,
+        bytes=bytes,
         tokens=run.calibration.measured.tokens,
         policy=run.policy,
         rule=rule or ("damage" if run.candidates else "uniform"),
         measured=arrays,
+        codec=None if run.codecs else NO_CODEC,
         objective=objective,
         granularity=granularity,
         mode=mode,
@@ -98,6 +106,14 @@ def _statistics_facts(statistics: Statistics, policy: str, mix: ProbeMix) -> Sta
             budgets=list(BUDGETS),
             kinds=list(mix.kinds),
             **asdict(mix),
+            **_codec_facts(statistics),
         ),
         arrays=None,
     )
+
+
+def _codec_facts(statistics: Statistics) -> dict[str, Any]:
+    if statistics.codecs is None:
+        return {}
+    policies = [name for name, _ in statistics.codecs.policies]
+    return {"codecs": list(statistics.codecs.codecs), "codec_policies": policies, "codec_shares": list(SHARES)}

@@ -24,6 +24,7 @@ from kvprofile.calibration.runs import Run, empty_statistics, facts_of, run_of
 from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.calibration.tracking import Parts, Track, untracked
 from kvprofile.calibration.workers import ALONE, Workers
+from kvprofile.codecs.table import CODECS
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
 from kvprofile.merging.policies import POLICIES
@@ -32,12 +33,14 @@ from kvprofile.merging.sets import RULES
 from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.device_memory import explaining_memory
 from kvprofile.models.load import LoadedModel
-from kvprofile.names import AUTO
-from kvprofile.planning.reach import check_budget
+from kvprofile.names import AUTO, NO_CODEC
+from kvprofile.planning.reach import asked_for
 from kvprofile.profile.schema import Profile
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.samples import Sample, SampleSet
 
+# What `auto` measures: 16 bits cost as much as none, and fp8 does more harm than int8 at its size.
+MEASURED_CODECS = ("int8", "int6", "int4", "int3", "int2")
 # The policies a head may choose between: of all in `POLICIES`, tried on samples apart, the few that add to one another.
 CANDIDATES = ("value-attention", "gather-mended", "zsmerge", "attention", "snapkv-128")
 
@@ -46,8 +49,10 @@ def calibrate(
     loaded: LoadedModel,
     samples: SampleSet,
     *,
-    budget: float = 0.5,
+    budget: float | None = None,
+    bytes: float | None = None,
     policy: str = AUTO,
+    codec: str = AUTO,
     rule: str | None = None,
     objective: str = "balanced",
     granularity: str = "head",
@@ -62,22 +67,23 @@ def calibrate(
 ) -> tuple[Profile, dict[str, NDArray[np.generic]]]:
     """Measure a model, solve for a budget, check the plan; returns the profile and the big arrays.
 
-    `policy` is one name or `auto`, which lets every head choose among `CANDIDATES`. `rule` spends the budget: by the
-    measured damage unless said otherwise. `mix` says what is read from the merged cache (`ProbeMix`). `samples` are
-    read one at a time; `track` may wrap the loops to show progress. If the plan does not beat uniform
-    shares on held-out text, `warn` says so and the uniform plan is returned. The profile names no arrays file yet:
-    `save_profile` writes both. Every sample's statistics are kept in the folder `checkpoint`; what is there already is not
-    measured again. Remove it when the profile is saved. With `workers` every process calls this with the same arguments,
-    measures its share, and gets the same profile.
+    `budget` is the fraction of the slots to keep, half of them unless said otherwise; `bytes`, in its place, that of the bytes,
+    which are spent on slots and on bits. `codec` says which codecs are measured for that, now or later (`codecs_for`).
+    `policy` is one name or `auto`, which lets every head choose among `CANDIDATES`. `rule` spends the budget: by the measured
+    damage unless said otherwise. `mix` says what is read from the merged cache (`ProbeMix`). `samples` are read one at a time;
+    `track` may wrap the loops to show progress. If the plan does not beat uniform shares on held-out text, `warn` says so and
+    the uniform plan is returned. The profile names no arrays file yet: `save_profile` writes both. Every sample's statistics
+    are kept in the folder `checkpoint`; what is there already is not measured again. Remove it when the profile is saved. With
+    `workers` every process calls this with the same arguments, measures its share, and gets the same profile.
 
     Raises UsageError for a bad budget or policy, or samples without a continuation, MismatchError where the budget is out
     of reach, KVProfileError where the model's attention cannot be observed, no gradient passes through its weights, memory
     runs out, the checkpoint is of another run, or another process has ended.
     """
     started = time.perf_counter()
-    check_budget(budget)
+    asked_for(budget, bytes)  # what cannot be asked for is told before the work
     mix = mix or ProbeMix()
-    run = _run_of(loaded, samples, policy, rule, mix=mix, seed=seed, warn=warn)
+    run = _run_of(loaded, samples, policy, rule, codec=codec, mix=mix, seed=seed, warn=warn)
     if checkpoint is not None:
         wanted = range(run.samples)
         measure_into(Partial(checkpoint, run), loaded, samples.calibration, wanted, workers=workers, track=track)
@@ -89,12 +95,20 @@ def calibrate(
         )
     else:
         statistics = measure(
-            loaded, samples.calibration, run.base, candidates=run.candidates, mix=mix, seed=seed, track=track
+            loaded,
+            samples.calibration,
+            run.base,
+            candidates=run.candidates,
+            codecs=run.codecs,
+            mix=mix,
+            seed=seed,
+            track=track,
         )
     profile, arrays = make_profile(
         run,
         statistics,
         budget,
+        bytes=bytes,
         rule=rule,
         objective=objective,
         granularity=granularity,
@@ -103,7 +117,15 @@ def calibrate(
     )
     damage = None if statistics.damage is None else statistics.damage.moments.mean
     profile = check_profile(
-        loaded.model, profile, damage, samples.held_out, seed=seed, workers=workers, track=track, warn=warn
+        loaded.model,
+        profile,
+        damage,
+        samples.held_out,
+        arrays=arrays,
+        seed=seed,
+        workers=workers,
+        track=track,
+        warn=warn,
     )
     created = profile.created.model_copy(update={"seconds": round(time.perf_counter() - started, 1)})
     return profile.model_copy(update={"created": created}), arrays
@@ -115,6 +137,7 @@ def calibrate_shard(
     shard: tuple[int, int],
     *,
     policy: str = AUTO,
+    codec: str = AUTO,
     rule: str | None = None,
     mix: ProbeMix | None = None,
     seed: int = 0,
@@ -129,7 +152,7 @@ def calibrate_shard(
     Raises UsageError for more shards than samples, otherwise as `calibrate` does.
     """
     number, shards = shard
-    run = _run_of(loaded, samples, policy, rule, mix=mix or ProbeMix(), seed=seed, warn=warn)
+    run = _run_of(loaded, samples, policy, rule, codec=codec, mix=mix or ProbeMix(), seed=seed, warn=warn)
     if shards > run.samples:
         raise UsageError(
             f"{shards} shards of {run.samples} samples leave some empty; ask for more --samples or fewer shards"
@@ -150,12 +173,29 @@ def candidates_for(policy: str, rule: str | None) -> tuple[str, ...]:
     return (policy,) if rule in (None, "damage") and POLICIES[policy].rule not in ("anchor", "complete") else ()
 
 
+def codecs_for(codec: str, candidates: Sequence[str]) -> tuple[str, ...]:
+    """The codecs whose damage a calibration measures: `none`, `auto` for the usual ones, or names separated by commas.
+
+    None where no policy's damage is measured. Raises UsageError for a name that is no codec.
+    """
+    names = MEASURED_CODECS if codec == AUTO else tuple(dict.fromkeys(codec.split(",")))
+    names = () if names == (NO_CODEC,) else names
+    for name in names:
+        if name not in CODECS or name == NO_CODEC:
+            raise UsageError(
+                f"unknown codec {name!r}; expected auto, none, or names separated by commas of "
+                f"{', '.join(known for known in CODECS if known != NO_CODEC)}"
+            )
+    return names if candidates else ()
+
+
 def _run_of(
     loaded: LoadedModel,
     samples: SampleSet,
     policy: str,
     rule: str | None,
     *,
+    codec: str,
     mix: ProbeMix,
     seed: int,
     warn: Callable[[str], None],
@@ -176,7 +216,8 @@ def _run_of(
     base, candidates = "gauss" if policy == AUTO else policy, candidates_for(policy, rule)
     if candidates:
         check_gradients(loaded.model)
-    return run_of(loaded, samples, policy=policy, base=base, candidates=candidates, mix=mix, seed=seed)
+    codecs = codecs_for(codec, candidates)
+    return run_of(loaded, samples, policy=policy, base=base, candidates=candidates, codecs=codecs, mix=mix, seed=seed)
 
 
 def measure(
@@ -186,18 +227,19 @@ def measure(
     *,
     rules: tuple[str, ...] = RULES,
     candidates: Sequence[str] = (),
+    codecs: Sequence[str] = (),
     mix: ProbeMix | None = None,
     seed: int = 0,
     track: Track = untracked,
 ) -> Statistics:
     """Read the samples and accumulate the statistics; memory does not grow with their number.
 
-    Ratios are measured for `rules` with the protected tokens of `policy`, damage for the `candidates`.
+    Ratios are measured for `rules` with the protected tokens of `policy`, damage for the `candidates` and the `codecs`.
     """
     mix = mix or ProbeMix()
     tokens = max(len(sample.context) for sample in samples)
     curves = [(name, POLICIES[name]) for name in candidates]
-    statistics = empty_statistics(facts_of(loaded), tokens, POLICIES[policy], curves, mix, rules=rules)
+    statistics = empty_statistics(facts_of(loaded), tokens, POLICIES[policy], curves, mix, rules=rules, codecs=codecs)
     for index, sample in enumerate(track(samples, "measure")):
         with _explaining(loaded, sample):
             _read(loaded, sample, statistics, mix, seed=_seed(seed, index), track=track)
@@ -268,6 +310,8 @@ def _read(
     def on_probe(layer: int, reading: Reading) -> None:
         assert curves is not None  # the probe is read for them
         curves.update(merged.index(layer), reading)
+        if statistics.codecs is not None:
+            statistics.codecs.update(merged.index(layer), reading)
         parts.tick()
 
     with (

@@ -7,8 +7,9 @@ CPU (`benchmarks/real_shapes.py`): they say how many passes over memory a step m
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvprofile.calibration.measure.damage import BUDGETS
-from kvprofile.calibration.measure.probed import PART_BYTES
+from kvprofile.calibration.measure.codec_damage import SHARES
+from kvprofile.calibration.measure.damage import BUDGETS, MANY
+from kvprofile.calibration.measure.probed import EVERY, PART_BYTES
 from kvprofile.calibration.sensitivity import DRAWS
 from kvprofile.evaluate.fidelity import PASSAGE_TOKENS, PASSAGES
 from kvprofile.merging.nearest import WINDOW
@@ -23,6 +24,7 @@ CHANGE = 2.0  # over a head's output for every budget
 SLOT = 1.0  # over the probe's attention weights over slots
 DROP = 1.7  # over those weights where tokens are only dropped
 MERGE = 1.0  # over a layer's keys and values where they are merged
+CODE = 2.0  # over a layer's keys and values where they are stored by a codec and read
 REGRESSION = 1.0  # over the same where values are solved for
 SIMILAR = 1.0  # over the cosines of lost tokens and survivors
 STATISTICS = 12.0  # over a layer's keys and values: maps, histograms, sets
@@ -30,6 +32,7 @@ SET_RULES = 2  # anchor and complete sets, filled token by token
 
 LAYER_LAUNCHES = 40  # operations of a layer's forward
 MERGE_LAUNCHES = 250  # of one layer merged once
+CODE_LAUNCHES = 40  # of a codec, there and back
 CHANGE_LAUNCHES = 30  # of one budget's damage
 READINGS = 3  # of every held-out sample: full cache, plan, uniform plan
 GRADIENT_TABLES = 5  # float32 tables of the probe's log-probabilities alive at once
@@ -85,7 +88,9 @@ class Work:
         return Work(self.products * count, self.exact * count, self.elements * count, self.launches * count)
 
 
-def measuring(sizes: Sizes, tokens: int, probe: int, candidates: Sequence[str]) -> dict[str, Work]:
+def measuring(
+    sizes: Sizes, tokens: int, probe: int, candidates: Sequence[str], codecs: Sequence[str] = ()
+) -> dict[str, Work]:
     """Work of one sample of so many tokens, by what it is for; `probe` tokens are read after it."""
     own = 2 * sizes.kv_heads * sizes.dim * tokens  # keys and values of a layer
     work = {
@@ -106,6 +111,8 @@ def measuring(sizes: Sizes, tokens: int, probe: int, candidates: Sequence[str]) 
     work["damage"] = split.times(sizes.merged)
     for name in candidates:
         work[f"damage of {name}"] = _damage(sizes, tokens, rows, name).times(sizes.merged)
+    if codecs:
+        work["damage of codecs"] = _coding(sizes, tokens, rows / EVERY, len(codecs)).times(sizes.merged)
     return work
 
 
@@ -141,7 +148,8 @@ def _damage(sizes: Sizes, tokens: int, rows: int, name: str) -> Work:
     curve = Work(elements=CHANGE * rows * sizes.dim, launches=CHANGE_LAUNCHES).times(len(BUDGETS))
     if policy.only_drops:
         return curve + Work(exact=rows * tokens * sizes.dim, elements=DROP * rows * tokens, launches=MERGE_LAUNCHES)
-    slots = tokens * sum(BUDGETS)
+    # Beyond `MANY` few of the rows are asked.
+    slots = tokens * sum(share if share <= MANY else share / EVERY for share in BUDGETS)
     work = curve + Work(exact=2 * rows * slots * sizes.dim, elements=SLOT * rows * slots)
     work += Work(elements=MERGE * own, launches=MERGE_LAUNCHES).times(len(BUDGETS))
     if policy.rule == "nearest":
@@ -150,6 +158,17 @@ def _damage(sizes: Sizes, tokens: int, rows: int, name: str) -> Work:
     if policy.regression:
         work += Work(elements=REGRESSION * own, launches=MERGE_LAUNCHES).times(len(BUDGETS))
     return work
+
+
+def _coding(sizes: Sizes, tokens: int, rows: float, codecs: int) -> Work:
+    """One layer's damage under every codec of keys and of values, on the slots of one policy."""
+    own, slots = 2 * sizes.kv_heads * sizes.dim * tokens, tokens * sum(SHARES)
+    looked = Work(exact=2 * rows * slots * sizes.dim, elements=SLOT * rows * slots)
+    change = Work(elements=CHANGE * rows * sizes.dim, launches=CHANGE_LAUNCHES).times(2 * len(SHARES))
+    stored = Work(elements=CODE * own * sum(SHARES), launches=CODE_LAUNCHES * len(SHARES))
+    of_values = Work(exact=rows * slots * sizes.dim)
+    merge = Work(elements=(MERGE + REGRESSION) * own, launches=MERGE_LAUNCHES).times(len(SHARES) - 1)
+    return looked + merge + (looked + of_values + change + stored).times(codecs)
 
 
 def memory(

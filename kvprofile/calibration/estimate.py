@@ -75,6 +75,7 @@ def estimate(
     held_out: int,
     tokens: int,
     candidates: Sequence[str],
+    codecs: Sequence[str] = (),
     mix: ProbeMix | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -102,7 +103,7 @@ def estimate(
     planted = QUESTION_TOKENS * (mix.facts + mix.lookups)
     probe = mix.passages * mix.passage_tokens + mix.continuation_tokens + planted
     rates = rates or measure_rates(target, weight_dtype)
-    work = {"measure": measuring(sizes, tokens, probe, candidates), "check": checking(sizes, tokens)}
+    work = {"measure": measuring(sizes, tokens, probe, candidates, codecs), "check": checking(sizes, tokens)}
     stages = {stage: {term: rates.seconds(part) for term, part in terms.items()} for stage, terms in work.items()}
     held = memory(sizes, tokens, probe, candidates, check=held_out > 0) | {"libraries": LIBRARIES}
     devices: dict[str, int] = {}

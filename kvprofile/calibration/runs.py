@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from kvprofile.calibration.measure.codec_damage import CodecDamage
 from kvprofile.calibration.measure.damage import DamageCurves
+from kvprofile.calibration.measure.key_mean import KeyMean
 from kvprofile.calibration.measure.statistics import Statistics
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.run_facts import run_facts
@@ -31,6 +33,7 @@ class Run(BaseModel):
         policy: what was asked for: auto, or the one policy.
         base: whose protected tokens the compression ratios count.
         candidates: the policies whose damage is measured.
+        codecs: the codecs whose damage is measured, on the slots of one of the candidates.
         policies: `base` and the candidates, by name.
         mix: what the probes read.
         depends: all that the numbers depend on (`run_facts`): runs that agree in it measure the same.
@@ -43,6 +46,7 @@ class Run(BaseModel):
     policy: str
     base: str
     candidates: tuple[str, ...]
+    codecs: tuple[str, ...]
     policies: dict[str, PolicyFacts]
     mix: ProbeMix
     depends: dict[str, str]
@@ -56,6 +60,8 @@ class Run(BaseModel):
             raise ValueError(f"no policy {', '.join(sorted(unknown))}")
         if self.calibration.measured.samples < 1 or self.calibration.measured.tokens < 2:
             raise ValueError("nothing was measured")
+        if self.codecs and not self.candidates:
+            raise ValueError("codecs without a policy whose slots they store")
         return self
 
     @property
@@ -78,7 +84,7 @@ class Run(BaseModel):
         candidates = [(name, known[name]) for name in self.candidates]
         tokens = self.calibration.measured.tokens
         try:
-            return empty_statistics(self.model, tokens, known[self.base], candidates, self.mix)
+            return empty_statistics(self.model, tokens, known[self.base], candidates, self.mix, codecs=self.codecs)
         except (MemoryError, ValueError) as error:
             raise KVProfileError(
                 f"no memory for the statistics of {self.model.layers} layers x {self.model.kv_heads} KV heads at {tokens:,} "
@@ -114,6 +120,7 @@ def run_of(
     policy: str,
     base: str,
     candidates: tuple[str, ...],
+    codecs: tuple[str, ...],
     mix: ProbeMix,
     seed: int,
 ) -> Run:
@@ -132,11 +139,12 @@ def run_of(
         policy=policy,
         base=base,
         candidates=candidates,
+        codecs=codecs,
         policies={
             name: PolicyFacts.model_validate(POLICIES[name].to_dict()) for name in dict.fromkeys((*candidates, base))
         },
         mix=mix,
-        depends=run_facts(loaded, samples, policy=base, candidates=candidates, mix=mix, seed=seed),
+        depends=run_facts(loaded, samples, policy=base, candidates=candidates, codecs=codecs, mix=mix, seed=seed),
     )
 
 
@@ -155,12 +163,31 @@ def empty_statistics(
     mix: ProbeMix,
     *,
     rules: tuple[str, ...] = RULES,
+    codecs: Sequence[str] = (),
 ) -> Statistics:
-    """Statistics of a model at samples of at most so many tokens; damage curves for the candidates, if there are any."""
-    curves = (
-        DamageCurves(len(model.full_attention_layers()), model.kv_heads, candidates, mix.kinds) if candidates else None
+    """Statistics of a model at samples of at most so many tokens.
+
+    Damage curves for the candidates, if there are any, and what storing slots costs for the `codecs`.
+    """
+    merged, heads = len(model.full_attention_layers()), model.kv_heads
+    return Statistics(
+        model.layers,
+        heads,
+        tokens,
+        policy,
+        rules=rules,
+        damage=DamageCurves(merged, heads, candidates, mix.kinds) if candidates else None,
+        codecs=CodecDamage(merged, heads, coded(candidates), mix.kinds, codecs) if codecs else None,
+        key_mean=KeyMean(model.layers, heads, model.head_dim) if codecs else None,
     )
-    return Statistics(model.layers, model.kv_heads, tokens, policy, rules=rules, damage=curves)
+
+
+def coded(candidates: Sequence[tuple[str, Policy]]) -> list[tuple[str, Policy]]:
+    """The candidates on whose slots codecs are measured: one, since what a codec does hardly depends on the policy.
+
+    The first that mends values, otherwise the first that merges, otherwise the first: its slots are the least like tokens.
+    """
+    return sorted(candidates, key=lambda one: (not one[1].regression, one[1].only_drops))[:1]
 
 
 def _text_facts(samples: "Sequence[Sample]") -> TextFacts:

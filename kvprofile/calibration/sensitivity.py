@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvprofile.calibration.measure.probed import Reading
+from kvprofile.calibration.measure.probed import Reading, some_of
 from kvprofile.calibration.observe import Observer
 from kvprofile.calibration.probes import Probe
 from kvprofile.errors import KVProfileError
@@ -82,7 +82,7 @@ def read_probe(
     logits = observer.read(probe.tokens, on_probe, grad=True)
     outputs = [attended[layer][1] for layer in layers]
     gradients, scale = _gradients(logits, outputs, seed)
-    tokens = len(probe.context)
+    tokens, few = len(probe.context), some_of(probe.kind)
     with torch.no_grad():
         for index, layer in enumerate(layers):
             call, _ = attended.pop(layer)
@@ -90,7 +90,8 @@ def read_probe(
             keys, values = contexts.pop(layer)
             context = Tokens(keys, values, mass, windows, 0, tokens, queries)
             slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
-            watch_probe(layer, Reading(context, call, slopes, probe.kind.to(slopes.device, non_blocking=True)))
+            kind, some = (index.to(slopes.device, non_blocking=True) for index in (probe.kind, few))
+            watch_probe(layer, Reading(context, call, slopes, kind, some))
 
 
 def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> tuple[list[tuple[Tensor, ...]], float]:

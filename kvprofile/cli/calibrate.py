@@ -10,6 +10,9 @@ from kvprofile.cli.calibrating import calibrate as run
 from kvprofile.cli.common import check_loudness, say, warn
 from kvprofile.cli.options import (
     BUDGET,
+    BYTES,
+    BYTES_HELP,
+    check_one_of,
     complete_model,
     model_options,
     plan_choices,
@@ -26,10 +29,9 @@ from kvprofile.names import POLICY_NAMES
     "--budget",
     type=BUDGET,
     metavar="SHARE",
-    default=0.5,
-    show_default=True,
-    help="Share of KV slots to keep, above 0 and at most 1.",
+    help="Share of KV slots to keep, above 0 and at most 1.  [default: 0.5]",
 )
+@click.option("--bytes", "size", type=BYTES, metavar="SHARE", help=BYTES_HELP)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The profile to write.  [default: MODEL.json]")
 @click.option("--report", is_flag=True, help="Also write the report, as .html beside the profile.")
 @click.option("--data", default="builtin", show_default=True, metavar="TEXT", help="Calibration text; see above.")
@@ -56,6 +58,13 @@ from kvprofile.names import POLICY_NAMES
     show_default=True,
     help="How tokens give up their slots: auto lets every head choose; the names are in docs/policies.md.",
 )
+@click.option(
+    "--codec",
+    metavar="NAMES",
+    default="auto",
+    show_default=True,
+    help="Codecs to measure, for --bytes now or later: auto, none, or NAME[,NAME...]; see docs/bytes.md.",
+)
 @plan_options
 @click.option(
     "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the samples' places and the probes."
@@ -77,7 +86,8 @@ from kvprofile.names import POLICY_NAMES
 @model_options
 def calibrate(
     model: str,
-    budget: float,
+    budget: float | None,
+    size: float | None,
     output: Path | None,
     report: bool,
     data: str,
@@ -86,6 +96,7 @@ def calibrate(
     held_out: int,
     tokens: int,
     policy: str,
+    codec: str,
     seed: int,
     probes: str,
     force: bool,
@@ -116,6 +127,7 @@ def calibrate(
     \b
     Examples:
       kvprofile calibrate smollm2-135m --budget 0.5 -o profile.json --report
+      kvprofile calibrate smollm2-135m --bytes 0.25 -o profile.json
       kvprofile calibrate ./my-llama --data corpus.jsonl --column text --samples 32 --tokens 4096
       kvprofile calibrate ./my-llama --tokens 4096 --dry-run
       torchrun --nproc-per-node 8 -m kvprofile calibrate ./my-llama -o profile.json
@@ -125,15 +137,17 @@ def calibrate(
     the profile is written. Under torchrun the processes share the samples: docs/many-gpus.md.
     """
     check_loudness(quiet, verbose)
+    check_one_of(budget, size)
     choices = plan_choices(options)
     if dry_run:
-        size = {"samples": samples, "held_out": held_out, "tokens": tokens}
-        _estimate(model, options, policy, choices, probes, as_json, size)
+        text = {"samples": samples, "held_out": held_out, "tokens": tokens}
+        _estimate(model, options, policy, codec, choices, probes, as_json, text)
         return
     run(
         Request(
             model=model,
             budget=budget,
+            size=size,
             output=output or output_of(model),
             report=report,
             data=data,
@@ -142,6 +156,7 @@ def calibrate(
             held_out=held_out,
             tokens=tokens,
             policy=policy,
+            codec=codec,
             seed=seed,
             probes=probes,
             force=force,
@@ -160,13 +175,14 @@ def _estimate(
     model: str,
     options: dict[str, Any],
     policy: str,
+    codec: str,
     choices: dict[str, Any],
     probes: str,
     as_json: bool,
-    size: dict[str, Any],
+    text: dict[str, Any],
 ) -> None:
     """Print what the run would cost, from the model's configuration alone."""
-    from kvprofile.calibration.calibrate import candidates_for
+    from kvprofile.calibration.calibrate import candidates_for, codecs_for
     from kvprofile.calibration.estimate import estimate
     from kvprofile.calibration.probe_mix import ProbeMix
     from kvprofile.models.context_length import beyond_context, longest_text
@@ -176,10 +192,11 @@ def _estimate(
     mix = ProbeMix.parse(probes)
     config = load_config(model, options["revision"], log=say)
     if message := beyond_context(
-        longest_text(config), size["tokens"] + mix.tokens, "samples and what is read after them take"
+        longest_text(config), text["tokens"] + mix.tokens, "samples and what is read after them take"
     ):
         warn(message)
     candidates = candidates_for(policy, choices.get("rule"))
     placed = {name: options[name] for name in ("device", "dtype", "device_map")}
-    told = estimate(config, candidates=candidates, mix=mix, **placed, **size)
+    codecs = codecs_for(codec, candidates)
+    told = estimate(config, candidates=candidates, codecs=codecs, mix=mix, **placed, **text)
     terminal.estimate(model, told, as_json)

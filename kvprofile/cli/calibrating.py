@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """The flags of `calibrate`; `choices` are those of the plan, `options` those of the model."""
+    """The flags of `calibrate`: `size` is --bytes, `choices` are those of the plan, `options` those of the model."""
 
     model: str
-    budget: float
+    budget: float | None
+    size: float | None
     output: Path
     report: bool
     data: str
@@ -33,6 +34,7 @@ class Request:
     held_out: int
     tokens: int
     policy: str
+    codec: str
     seed: int
     probes: str
     force: bool
@@ -189,6 +191,7 @@ def _shard(
         samples,
         shard,
         policy=request.policy,
+        codec=request.codec,
         rule=request.choices.get("rule"),
         mix=ProbeMix.parse(request.probes),
         seed=request.seed,
@@ -215,7 +218,9 @@ def _profile(request: Request, loaded: "LoadedModel", samples: "SampleSet", work
         loaded,
         samples,
         budget=request.budget,
+        bytes=request.size,
         policy=request.policy,
+        codec=request.codec,
         mix=ProbeMix.parse(request.probes),
         seed=request.seed,
         command=shlex.join(["kvprofile", *sys.argv[1:]]),

@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvprofile.cli.common import check_loudness, check_writable, load, log_of, say, track_of, warn
-from kvprofile.cli.options import BUDGET, complete_model, model_options, plan_choices, plan_options, speech_options
+from kvprofile.cli.options import (
+    BUDGET,
+    BYTES,
+    BYTES_HELP,
+    check_one_of,
+    complete_model,
+    model_options,
+    plan_choices,
+    plan_options,
+    speech_options,
+)
 from kvprofile.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from kvprofile.calibration.measure.statistics import Statistics
     from kvprofile.calibration.runs import Run
     from kvprofile.profile.schema import Profile
@@ -25,10 +37,9 @@ if TYPE_CHECKING:
     "--budget",
     type=BUDGET,
     metavar="SHARE",
-    default=0.5,
-    show_default=True,
-    help="Share of KV slots to keep, above 0 and at most 1.",
+    help="Share of KV slots to keep, above 0 and at most 1.  [default: 0.5]",
 )
+@click.option("--bytes", "size", type=BYTES, metavar="SHARE", help=BYTES_HELP)
 @plan_options
 @click.option(
     "--check",
@@ -45,7 +56,8 @@ if TYPE_CHECKING:
 def merge(
     partials: tuple[Path, ...],
     output: Path,
-    budget: float,
+    budget: float | None,
+    size: float | None,
     check: str | None,
     data: str,
     column: str | None,
@@ -75,16 +87,17 @@ def merge(
 
     started = time.perf_counter()
     check_loudness(quiet, verbose)
+    check_one_of(budget, size)
     choices = plan_choices(options)
     for file in (output, output.with_suffix(".safetensors")):
         check_writable(file, force)
     run, statistics = join(partials)
     command = shlex.join(["kvprofile", *sys.argv[1:]])
-    profile, arrays = make_profile(run, statistics, budget, command=command, **choices)
+    profile, arrays = make_profile(run, statistics, budget, bytes=size, command=command, **choices)
     if check is not None:
         text = {"data": data, "column": column}
         profile = _checked(
-            profile, run, statistics, model=check, text=text, options=options, quiet=quiet, verbose=verbose
+            profile, arrays, run, statistics, model=check, text=text, options=options, quiet=quiet, verbose=verbose
         )
     seconds = round(time.perf_counter() - started, 1)
     profile = profile.model_copy(update={"created": profile.created.model_copy(update={"seconds": seconds})})
@@ -99,6 +112,7 @@ def merge(
 
 def _checked(
     profile: "Profile",
+    arrays: "dict[str, np.ndarray]",
     run: "Run",
     statistics: "Statistics",
     *,
@@ -136,6 +150,7 @@ def _checked(
         profile,
         None if statistics.damage is None else statistics.damage.moments.mean,
         samples.held_out,
+        arrays=arrays,
         seed=facts.seed,
         track=track_of(quiet),
         warn=warn,

@@ -67,30 +67,49 @@ def plan_choices(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if value is not None}
 
 
-class Budget(click.ParamType):
-    """A share of the slots; 50 and 50% are told alike to be 0.5."""
+BYTES_HELP = "Share of the bytes to keep instead, spent on slots and on bits."
+
+
+class Share(click.ParamType):
+    """A share of the slots or of the bytes; 50 and 50% are told alike to be 0.5."""
 
     name = "share"
+
+    def __init__(self, what: str, of: str, example: float) -> None:
+        self.what, self.of, self.example = what, of, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The share as a number; raises UsageError for a number that is none."""
         from kvprofile.errors import UsageError
-        from kvprofile.planning.reach import check_budget
+        from kvprofile.planning.reach import check_budget, check_bytes
 
         text = str(value).strip()
         try:
             number = float(text.removesuffix("%"))
         except ValueError:
-            self.fail(f"{value!r} is not a number; expected a share above 0 and at most 1, for example 0.5", param, ctx)
+            self.fail(
+                f"{value!r} is not a number; expected a share above 0 and at most 1, for example {self.example:g}",
+                param,
+                ctx,
+            )
         if text.endswith("%") or 1 < number <= 100:
             raise UsageError(
-                f"budget {text} is not a fraction of slots to keep; expected above 0 and at most 1, for example 0.5; "
-                f"{number:g}% is {number / 100:g}"
+                f"{self.what} {text} is not a fraction of {self.of}; expected above 0 and at most 1, for example "
+                f"{self.example:g}; {number:g}% is {number / 100:g}"
             )
-        return check_budget(number)
+        return (check_budget if self.what == "budget" else check_bytes)(number)
 
 
-BUDGET = Budget()
+BUDGET = Share("budget", "slots to keep", 0.5)
+BYTES = Share("bytes", "the stock cache's bytes", 0.25)
+
+
+def check_one_of(budget: float | None, size: float | None) -> None:
+    """Raise UsageError where both --budget and --bytes were given."""
+    from kvprofile.errors import UsageError
+
+    if budget is not None and size is not None:
+        raise UsageError("--budget is the share of the slots, --bytes that of the bytes; give one of them")
 
 
 def complete_model(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":

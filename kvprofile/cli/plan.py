@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvprofile.cli.common import check_writable, log_of
-from kvprofile.cli.options import BUDGET, CALIBRATED_WITH, plan_choices, plan_options, quiet_option
+from kvprofile.cli.options import (
+    BUDGET,
+    BYTES,
+    BYTES_HELP,
+    CALIBRATED_WITH,
+    check_one_of,
+    plan_choices,
+    plan_options,
+    quiet_option,
+)
 from kvprofile.errors import UsageError
 from kvprofile.names import POLICY_NAMES
 
@@ -19,6 +28,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--budget", type=BUDGET, metavar="SHARE", help="Share of KV slots to keep.  [default: the profile's own]")
+@click.option("--bytes", "size", type=BYTES, metavar="SHARE", help=BYTES_HELP)
+@click.option("--codec", metavar="NAME", help="How slots are stored: none, auto (with --bytes), NAME or KEYS/VALUES.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The profile to write.")
 @click.option("--policy", metavar="NAME", help="auto, or the name of a policy; see docs/policies.md.")
 @plan_options
@@ -28,6 +39,8 @@ if TYPE_CHECKING:
 def plan(
     profile: Path,
     budget: float | None,
+    size: float | None,
+    codec: str | None,
     output: Path,
     policy: str | None,
     force: bool,
@@ -35,34 +48,39 @@ def plan(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Solve a PROFILE for another budget. Needs neither the model nor a GPU.
+    """Solve a PROFILE for another share of the slots, or of the bytes. Needs neither the model nor a GPU.
 
     What is not given stays as it was. The check is left out of the new profile: it was measured for the old plan.
 
     \b
     Examples:
       kvprofile plan profile.json --budget 0.25 -o quarter.json
+      kvprofile plan profile.json --bytes 0.15 -o small.json
       kvprofile plan profile.json --budget 0.25 --rule pyramidkv --policy snapkv -o pyramid.json
     """
     from kvprofile.planning.plans import replan
     from kvprofile.planning.rules import PUBLISHED
     from kvprofile.profile.storage import load_arrays, load_profile, save_planned
     from kvprofile.report import terminal
+    from kvprofile.report.plan_words import kept
 
     check_writable(output, force)
     loaded = load_profile(profile)
     _check_policy(policy, loaded)
+    check_one_of(budget, size)
     choices = plan_choices(options)
     published = choices.get("rule", loaded.plan.rule) in PUBLISHED
     arrays = load_arrays(loaded, profile) if loaded.statistics.damage or published else {}
-    budget = loaded.plan.budget if budget is None else budget
-    planned = replan(loaded, arrays.get("damage_mean"), budget, policy=policy, measured=arrays, **choices)
+    planned = replan(
+        loaded, arrays.get("damage_mean"), budget, bytes=size, codec=codec, policy=policy, measured=arrays, **choices
+    )
     # Time, seconds and versions stay those of the measuring, and so does its command: the plan's follows it.
     command = " && ".join(filter(None, (loaded.created.command, shlex.join(["kvprofile", *sys.argv[1:]]))))
     planned = planned.model_copy(update={"created": planned.created.model_copy(update={"command": command})})
     _, written = save_planned(planned, profile, output, force=force)
     if as_json:
         click.echo(terminal.as_json(planned))
+    log_of(quiet)(f"The plan {kept(planned.plan)}.")
     for path in written:
         log_of(quiet)(f"Wrote {path}")
 

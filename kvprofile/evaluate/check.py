@@ -1,6 +1,6 @@
 """The check of a plan: slots and fidelity on samples it was not calibrated on, through the real runtime."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ def check_profile(
     damage: NDArray[np.floating] | None,
     held_out: Sequence[Sample],
     *,
+    arrays: Mapping[str, NDArray[np.generic]] | None = None,
     seed: int = 0,
     workers: Workers = ALONE,
     track: Track = untracked,
@@ -38,12 +39,15 @@ def check_profile(
 ) -> Profile:
     """The profile with its check: the plan and the uniform plan of the same size on held-out samples.
 
+    The uniform plan of a plan for bytes has the same policy, share and codecs in every head, for the same bytes; the `arrays`
+    say which is the best of these.
+
     If the plan does not beat uniform shares there, `warn` is told and the uniform plan takes its place. Without held-out
     samples the profile is returned as it is. Several `workers` read a share of the samples each and get the same profile.
     """
     if not held_out:
         return profile
-    uniform = replan(profile, damage, profile.plan.budget, rule="uniform", granularity="head", mode="exact")
+    uniform = replan(profile, damage, measured=arrays, rule="uniform", granularity="head", mode="exact")
     plans = {"exact": profile, "uniform": uniform}
     if all(head.epsilon is not None or head.share >= 1 for layer in profile.plan.layers for head in layer.heads):
         plans["threshold"] = profile

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.planning.plans import replan
 from kvprofile.profile.schema import Profile
+from kvprofile.profile.unmeasured import UNSAID
 
 FULL = "full cache"
+# What a head's part of a plan does to numbers.
+_DECIDING = ("policy", "epsilon", "share", "key_codec", "value_codec")
 ANCHOR_EPSILON = 0.75
 """Where a policy's sets need a threshold: KVMerger's own, arXiv 2407.08454, then corrected to the asked number of slots."""
 
@@ -34,8 +37,7 @@ class Method:
         if self.plan is None:
             return None
         layers = [
-            [{key: head[key] for key in ("policy", "epsilon", "share")} for head in layer["heads"]]
-            for layer in self.plan["plan"]["layers"]
+            [{key: head[key] for key in _DECIDING} for head in layer["heads"]] for layer in self.plan["plan"]["layers"]
         ]
         used = {head["policy"] for layer in layers for head in layer}
         policies = {name: values for name, values in self.plan["policies"].items() if name in used}
@@ -71,7 +73,7 @@ def uniform_plan(profile: Profile, name: str, policy: Policy, budget: float) -> 
     """A profile's JSON values with one policy, called `name`, and one share for every head."""
     values = profile.model_dump(mode="json")
     values["policies"][name] = policy.to_dict()
-    head = {"policy": name, "epsilon": ANCHOR_EPSILON, "share": budget, "damage": None}
+    head = {**UNSAID, "policy": name, "epsilon": ANCHOR_EPSILON, "share": budget}
     for layer in values["plan"]["layers"]:
         layer["heads"] = [head for _ in layer["heads"]]
     values["plan"]["mode"] = "exact"

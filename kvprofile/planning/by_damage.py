@@ -1,30 +1,22 @@
-"""Shares and policies by measured damage: the rule `damage`."""
+"""Shares, policies and codecs by measured damage: the rule `damage`, for slots or for bytes; and alike for all heads."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.planning.allocate import STEPS, check_slots, spend
+from kvprofile.planning.allocate import STEPS, Allocation, check_slots, spend
 from kvprofile.planning.choices import Choice, Curve, Envelope, lower_envelope
-from kvprofile.planning.evidence import Decision, Evidence
+from kvprofile.planning.codecs import codec_curve
+from kvprofile.planning.evidence import Decision, Evidence, decision
+from kvprofile.planning.reach import check_reach
+from kvprofile.planning.sizes import NOTHING, Pair, Sizes, recent_tokens, sizes_of
 
-
-def slots_envelope(evidence: Evidence) -> Envelope:
-    """What every share of the slots does at least, of every head or, where layers share alike, of every layer."""
-    measured, curves = evidence.statistics.damage, evidence.curves
-    names = evidence.names
-    assert measured is not None  # there are names
-    assert curves is not None
-    of_policies = curves.transpose(0, 2, 1, 3).reshape(-1, *curves.shape[1:2], curves.shape[3])
-    choices = policy_choices(
-        np.array(measured.budgets),
-        of_policies[:, [measured.policies.index(name) for name in names]],
-        [evidence.protected(name) for name in names],
-    )
-    if evidence.granularity == "layer":
-        choices = [choice.in_groups(evidence.size[0]) for choice in choices]
-    return lower_envelope(choices, STEPS)
+BYTE_STEPS = 512  # of the grid of costs where bytes are counted: a slot may cost a sixth of a token
+TRIES = 8  # at meeting the bytes from below; heads' blocks fill up in steps
+NEAR = 5e-4  # of the bytes asked for
 
 
 def policy_choices(budgets: NDArray[np.float64], damage: NDArray[np.float64], floors: Sequence[float]) -> list[Choice]:
@@ -32,11 +24,112 @@ def policy_choices(budgets: NDArray[np.float64], damage: NDArray[np.float64], fl
     return [Choice(Curve(budgets, damage[:, index]), float(floor)) for index, floor in enumerate(floors)]
 
 
-def by_damage(evidence: Evidence, envelope: Envelope, budget: float) -> Decision:
-    """Every head's share and policy for the least damage. Raises MismatchError where the budget is out of reach."""
-    check_slots(envelope, budget)
-    found = spend(envelope, budget)
-    heads = 1 if evidence.granularity == "head" else evidence.model.kv_heads
-    share = np.repeat(found.share, heads).reshape(evidence.size)
-    chosen = np.repeat(found.choice, heads).reshape(evidence.size)
-    return Decision(share, np.array(evidence.names)[chosen], bound=found.bound)
+@dataclass(frozen=True, eq=False)
+class ByDamage:
+    """What can be given, and what it costs: every policy with every one of `pairs`, codecs of keys and of values.
+
+    in_bytes: a budget is of bytes, not of slots. alike: all heads get the same.
+    """
+
+    evidence: Evidence
+    pairs: Sequence[Pair]
+    in_bytes: bool = False
+    alike: bool = False
+
+    def decide(self, amount: float) -> Decision:
+        """Every head's share, policy and codecs for the least damage.
+
+        Raises MismatchError where the amount is out of reach.
+        """
+        if not self.in_bytes:
+            check_slots(self.envelope, amount)
+            return self._decision(spend(self.envelope, amount))
+        costs = self.envelope.costs
+        check_reach(amount, costs[0], max(1.0, costs[-1]), what="bytes", because=self._least)
+        # As much as can be spent, from below: what a plan really takes is told by its blocks, which fill up in steps.
+        target, margin = min(amount, costs[-1]), 0.0
+        best, taken = None, np.inf
+        for _ in range(TRIES):
+            found = self._decision(spend(self.envelope, target))
+            size = self.size(found)
+            fits = size <= amount
+            if best is None or (size > taken if fits and taken <= amount else size < taken):
+                best, taken = found, size
+            if fits and (size >= (1 - NEAR) * amount or target >= costs[-1]):
+                break
+            margin = margin / 2 if fits else 2 * margin + NEAR * amount
+            target = float(np.clip(target + amount - size - margin, costs[0], costs[-1]))
+        assert best is not None  # it was tried
+        return best
+
+    def size(self, found: Decision) -> float:
+        """The fraction of a 16-bit cache's bytes that the merged layers take, to the block."""
+        total, policies = 0.0, self.evidence.policies
+        pairs = iter(found.pairs)
+        for share, names in zip(found.share, found.policy, strict=True):
+            recent = max(recent_tokens(policies[str(name)].protection, self.evidence.tokens) for name in names)
+            heads = [(float(own), next(pairs)) for own in share]
+            if all(own >= 1 and pair == NOTHING for own, pair in heads):
+                total += len(heads)  # the stock cache
+            else:
+                total += sum(self._sizes.head(own, pair, recent) for own, pair in heads)
+        return total / found.share.size
+
+    @cached_property
+    def envelope(self) -> Envelope:
+        """What every cost does at least, of every head or of all heads that share alike."""
+        choices = [self._choice(name, pair) for name, pair in self._options]
+        layers, heads = self.evidence.size
+        groups = 1 if self.alike else layers if self.evidence.granularity == "layer" else layers * heads
+        if groups < layers * heads:
+            choices = [choice.in_groups(groups) for choice in choices]
+        return lower_envelope(choices, BYTE_STEPS if self.in_bytes else STEPS)
+
+    @cached_property
+    def _options(self) -> list[tuple[str, Pair]]:
+        """A policy and a pair of codecs for every choice."""
+        return [(name, pair) for pair in self.pairs for name in self.evidence.names]
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return sizes_of(self.evidence.tokens, self.evidence.model.head_dim)
+
+    def _choice(self, name: str, pair: Pair) -> Choice:
+        evidence = self.evidence
+        measured, curves = evidence.statistics.damage, evidence.curves
+        assert measured is not None  # there are names
+        assert curves is not None
+        shares = np.array(measured.budgets)
+        damage = curves[:, measured.policies.index(name)].reshape(-1, len(shares))
+        coded, whole = codec_curve(evidence, name, pair), np.zeros((len(damage), 1))
+        if coded is not None:
+            damage, whole = damage + coded.at(shares), coded.at(np.ones(1))
+        choice = Choice(Curve(shares, damage), evidence.protected(name), whole)
+        if not self.in_bytes:
+            return choice
+        recent = recent_tokens(evidence.policies[name].protection, evidence.tokens)
+        slot, apart = self._sizes.slot(pair), self._sizes.apart(pair, recent)
+        return Choice(choice.curve, choice.floor, whole, slot, apart, slot + apart, bridged=False)
+
+    def _decision(self, found: Allocation) -> Decision:
+        size = self.evidence.size
+        heads = size[0] * size[1] // len(found.share)
+        share, chosen = np.repeat(found.share, heads), np.repeat(found.choice, heads)
+        options = [self._options[index] for index in chosen]
+        names = np.array([name for name, _ in options])
+        return decision(share.reshape(size), names.reshape(size), [pair for _, pair in options], found.bound)
+
+    @property
+    def _least(self) -> str:
+        name, pair = self._options[int(np.argmin([choice.least_cost for choice in self.envelope.choices]))]
+        codec = "as they are" if pair == NOTHING else f"in {told(pair)}"
+        recent = recent_tokens(self.evidence.policies[name].protection, self.evidence.tokens)
+        return (
+            f"the newest {recent} tokens in 16 bits, the protected ones {codec} and half a block of every head take at least "
+            "{lowest} of the bytes"
+        )
+
+
+def told(pair: Pair) -> str:
+    """A pair of codecs as it is asked for."""
+    return pair[0] if pair[0] == pair[1] else "/".join(pair)

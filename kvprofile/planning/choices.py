@@ -23,22 +23,21 @@ class Curve:
     shares: NDArray[np.float64]
     damage: NDArray[np.float64]
 
-    def at(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Damage `(heads, m)` at `shares` `(m,)`; beyond the ends that at the end.
+    def falling(self) -> Self:
+        """The same where it never rises.
 
         More slots never hurt a sensible policy; where a curve rises it is noise or a bad ranking, and fewer slots are given.
         """
-        falling = np.minimum.accumulate(self.damage, axis=-1)
+        return replace(self, damage=np.minimum.accumulate(self.damage, axis=-1))
+
+    def at(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Damage `(heads, m)` at `shares` `(m,)`; beyond the ends that at the end."""
         if len(self.shares) == 1:
-            return np.repeat(falling, len(shares), axis=-1)
+            return np.repeat(self.damage, len(shares), axis=-1)
         place = np.clip(np.searchsorted(self.shares, shares, side="right") - 1, 0, len(self.shares) - 2)
         ahead = np.clip((shares - self.shares[place]) / (self.shares[place + 1] - self.shares[place]), 0, 1)
-        logs = np.log(np.maximum(falling, TINY))
+        logs = np.log(np.maximum(self.damage, TINY))
         return np.exp(logs[..., place] * (1 - ahead) + logs[..., place + 1] * ahead)
-
-    def last(self) -> NDArray[np.float64]:
-        """Damage `(heads, 1)` at the highest share measured."""
-        return np.minimum.accumulate(self.damage, axis=-1)[..., -1:]
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,11 @@ class Choice:
 
     def damage(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Damage `(heads, m)` at every one of `costs` `(m,)`; inf where protected tokens do not fit."""
-        shares, last = self.share(costs), self.curve.shares[-1]
-        curve = self.curve.at(shares)
-        beyond = shares > last
-        curve[..., beyond] = self.curve.last() * (1 - shares[beyond]) / (1 - last) + self.whole * (
-            shares[beyond] - last
+        shares, falling = self.share(costs), self.curve.falling()
+        last, curve = falling.shares[-1], falling.at(shares)
+        beyond = shares[shares > last]
+        curve[..., shares > last] = falling.damage[..., -1:] * (1 - beyond) / (1 - last) + self.whole * (
+            beyond - last
         ) / (1 - last)
         curve[..., shares < self.floor - 1e-9] = np.inf
         return curve

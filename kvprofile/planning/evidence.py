@@ -1,7 +1,7 @@
 """What a profile holds for the solver, and what follows from it whatever the budget: worked out once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,20 +11,39 @@ from numpy.typing import NDArray
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.names import AUTO
 from kvprofile.planning.objectives import damage_curves
+from kvprofile.planning.sizes import Pair
 from kvprofile.profile.schema import ModelFacts, PolicyFacts, ProtectionFacts, Statistics
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What every head of the merged layers gets, all `(layers, kv_heads)`: share of the slots, policy, predicted damage.
+    """What every head of the merged layers gets, all `(layers, kv_heads)`: share of the slots, policy, codecs.
 
-    bound: no allocation of the budget predicts less damage. `damage` and `bound` are None where they are not known.
+    damage: predicted, and of it `codec_damage` by the codecs. bound: no allocation of the budget predicts less damage.
+    These are None where they are not known.
     """
 
     share: NDArray[np.float64]
     policy: NDArray[np.str_]
+    key_codec: NDArray[np.str_]
+    value_codec: NDArray[np.str_]
     damage: NDArray[np.float64] | None = None
+    codec_damage: NDArray[np.float64] | None = None
     bound: float | None = None
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Codecs of keys and values, head by head."""
+        return list(zip(self.key_codec.ravel().tolist(), self.value_codec.ravel().tolist(), strict=True))
+
+
+def decision(
+    share: NDArray[np.float64], policy: NDArray[np.str_], pairs: Sequence[Pair], bound: float | None = None
+) -> Decision:
+    """A decision of which no damage is predicted yet; `pairs` are the codecs of every head, or of all."""
+    every = list(pairs) * (share.size // len(pairs))
+    keys, values = (np.array(codecs).reshape(share.shape) for codecs in zip(*every, strict=True))
+    return Decision(share, policy, keys, values, bound=bound)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +64,8 @@ class Evidence:
     objective: str
     granularity: str
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise MismatchError where nothing was measured, or nothing can be merged."""
         if self.tokens < 1 or not self.statistics.thresholds:
             raise MismatchError(
                 f"nothing was measured of {self.model.name}, so nothing can be planned by it; calibrate it first"
@@ -81,6 +101,17 @@ class Evidence:
         if self.damage is None or self.statistics.damage is None:
             return None
         return damage_curves(self.damage, self.statistics, self.objective)
+
+    @cached_property
+    def codec_curves(self) -> list[NDArray[np.float64]]:
+        """What codecs of keys do, and of values: `(layers, policies, kv_heads, shares, codecs)` each, the objective's sum.
+
+        Raises UsageError where the arrays are not at hand.
+        """
+        found = [(self.measured or {}).get(name) for name in ("key_codec_damage", "value_codec_damage")]
+        if any(array is None for array in found):
+            raise UsageError("the codecs' damage lies in the arrays beside the profile; give them all, as `measured`")
+        return [damage_curves(np.asarray(array), self.statistics, self.objective) for array in found]
 
     @cached_property
     def names(self) -> list[str]:

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprofile.errors import UsageError
-from kvprofile.names import AUTO, BUDGET_RULES, GRANULARITIES, MODES
-from kvprofile.planning.by_damage import by_damage, slots_envelope
+from kvprofile.names import AUTO, BUDGET_RULES, GRANULARITIES, MODES, NO_CODEC
+from kvprofile.planning.by_damage import ByDamage
 from kvprofile.planning.by_rule import by_rule
-from kvprofile.planning.choices import Envelope
+from kvprofile.planning.codecs import codec_damage, pairs_of
 from kvprofile.planning.evidence import Decision, Evidence
 from kvprofile.planning.objectives import OBJECTIVES, predict
-from kvprofile.planning.reach import check_budget
+from kvprofile.planning.reach import asked_for, check_budget, check_bytes
+from kvprofile.planning.sizes import Pair
 from kvprofile.planning.solve import thresholds_of
 from kvprofile.profile.schema import (
     HeadPlan,
@@ -33,7 +34,8 @@ from kvprofile.profile.schema import (
 class Solver:
     """What a profile's statistics say of any budget; what does not hang on the budget is worked out once.
 
-    The arguments are those of `Evidence`, and how the budget is spent.
+    The arguments are those of `Evidence`, and how the budget is spent. in_bytes: an amount is a fraction of the merged layers'
+    bytes in a 16-bit cache, otherwise of their slots. codec: `none`, `auto`, a codec or `KEYS/VALUES`.
 
     Raises UsageError for an argument that cannot be used, MismatchError where nothing can be merged.
     """
@@ -49,6 +51,8 @@ class Solver:
     objective: str = "balanced"
     granularity: str = "head"
     mode: str = "exact"
+    codec: str = NO_CODEC
+    in_bytes: bool = False
 
     def __post_init__(self) -> None:
         _known("rule", self.rule, BUDGET_RULES)
@@ -56,7 +60,11 @@ class Solver:
         _known("granularity", self.granularity, GRANULARITIES)
         _known("mode", self.mode, MODES)
         _known("policy", self.policy, (AUTO, *self.policies))
-        assert self.evidence is not None  # told now, where there is none
+        self.evidence.check()
+        if self.in_bytes and self.rule not in ("damage", "uniform"):
+            raise UsageError(
+                f"the rule {self.rule} deals out slots; bytes are spent by --rule damage or uniform, or give --budget"
+            )
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -73,53 +81,49 @@ class Solver:
             self.granularity,
         )
 
-    def plan(self, budget: float) -> Plan:
-        """The plan for a budget.
+    def plan(self, amount: float) -> Plan:
+        """The plan for a fraction of the slots, or of the bytes.
 
-        Raises UsageError for a budget or setting that cannot be used, MismatchError with the reachable range where the
-        budget is out of reach.
+        Raises UsageError for an amount or setting that cannot be used, MismatchError with the reachable range where the
+        amount is out of reach.
         """
-        found, evidence = self.decide(budget), self.evidence
+        found, evidence = self.decide(amount), self.evidence
         share = found.share
-        epsilon = np.where(
-            self._cosine(found.policy), thresholds_of(evidence.thresholds, evidence.ratios, share), np.inf
-        )
+        cosine = self._cosine(found.policy)
+        epsilon = np.where(cosine, thresholds_of(evidence.thresholds, evidence.ratios, share), np.inf)
         whole = thresholds_of(evidence.thresholds, evidence.ratios.mean(axis=1), share.mean(axis=1))
+        ratio = round(float(share.mean()), 6)
         return Plan(
-            budget=budget,
+            budget=ratio if self.in_bytes else amount,
+            bytes=amount if self.in_bytes else None,
             policy=self.policy,
+            codec=self.codec,
             rule=self.rule,  # type: ignore[arg-type]
             objective=self.objective,  # type: ignore[arg-type]
             granularity=self.granularity,  # type: ignore[arg-type]
             mode=self.mode,  # type: ignore[arg-type]
-            predicted_ratio=round(float(share.mean()), 6),
+            predicted_ratio=ratio,
+            predicted_bytes=round(self._sized.size(found), 6) if self.in_bytes or self.codec != NO_CODEC else None,
             predicted_damage=total(found),
+            predicted_codec_damage=None if found.codec_damage is None else _four_digits(found.codec_damage.sum()),
             damage_bound=None if found.bound is None else _four_digits(found.bound),
             layers=[
                 LayerPlan(
                     layer=layer,
                     epsilon=_finite(whole[row]),
                     share=round(float(share[row].mean()), 6),
-                    heads=[
-                        HeadPlan(
-                            policy=str(found.policy[row, head]),
-                            epsilon=_finite(epsilon[row, head]),
-                            share=round(float(share[row, head]), 6),
-                            damage=None if found.damage is None else _four_digits(found.damage[row, head]),
-                        )
-                        for head in range(self.model.kv_heads)
-                    ],
+                    heads=[_head(found, epsilon, (row, head)) for head in range(self.model.kv_heads)],
                 )
                 for row, layer in enumerate(evidence.merged)
             ],
         )
 
-    def decide(self, budget: float) -> Decision:
-        """Every head's share and policy; raises as `plan` does."""
-        check_budget(budget)
+    def decide(self, amount: float) -> Decision:
+        """Every head's share, policy and codecs; raises as `plan` does."""
+        (check_bytes if self.in_bytes else check_budget)(amount)
         evidence = self.evidence
-        damaging = self.rule == "damage"
-        found = by_damage(evidence, self._envelope, budget) if damaging else by_rule(evidence, self.rule, budget)
+        by_damage = self.in_bytes or self.rule == "damage"
+        found = self._sized.decide(amount) if by_damage else by_rule(evidence, self.rule, amount, self._pairs[0])
         if self.mode == "threshold" and not (self._cosine(found.policy) | (found.share >= 1)).all():
             raise UsageError(
                 "threshold mode needs policies that go by cosine in every head; give for example --policy gauss, or use exact "
@@ -127,14 +131,34 @@ class Solver:
             )
         if evidence.curves is None:
             return found
-        return replace(found, damage=predict(evidence.curves, self.statistics, found.policy, found.share))
+        damage = predict(evidence.curves, self.statistics, found.policy, found.share)
+        if damage is None:
+            return found
+        coded = codec_damage(evidence, found)
+        return replace(found, damage=damage + coded, codec_damage=coded)
 
     @cached_property
-    def _envelope(self) -> Envelope:
-        return slots_envelope(self.evidence)
+    def _pairs(self) -> list[Pair]:
+        return pairs_of(self.codec, self.evidence, in_bytes=self.in_bytes)
+
+    @cached_property
+    def _sized(self) -> ByDamage:
+        return ByDamage(self.evidence, self._pairs, self.in_bytes, alike=self.in_bytes and self.rule == "uniform")
 
     def _cosine(self, chosen: NDArray[np.str_]) -> NDArray[np.bool_]:
         return np.isin(chosen, [name for name, facts in self.policies.items() if facts.affinity == "cosine"])
+
+
+def _head(found: Decision, epsilon: NDArray[np.float64], place: tuple[int, int]) -> HeadPlan:
+    return HeadPlan(
+        policy=str(found.policy[place]),
+        epsilon=_finite(epsilon[place]),
+        share=round(float(found.share[place]), 6),
+        damage=None if found.damage is None else _four_digits(found.damage[place]),
+        key_codec=str(found.key_codec[place]),
+        value_codec=str(found.value_codec[place]),
+        codec_damage=None if found.codec_damage is None else _four_digits(found.codec_damage[place]),
+    )
 
 
 def make_plan(
@@ -142,17 +166,21 @@ def make_plan(
     policies: dict[str, PolicyFacts],
     statistics: Statistics,
     damage: NDArray[np.floating] | None,
-    budget: float,
+    budget: float | None = None,
     *,
+    bytes: float | None = None,
     tokens: int,
+    codec: str | None = None,
     **choices: Any,
 ) -> Plan:
-    """Solve for a budget from a profile's statistics; the model itself is not needed.
+    """Solve for a fraction of the slots, or of the bytes, from a profile's statistics; the model itself is not needed.
 
-    The arguments are those of `Solver`; raises as it and its `plan` do.
+    The other arguments are those of `Solver`; raises as it and its `plan` do.
     """
-    check_budget(budget)
-    return Solver(model, policies, statistics, damage, tokens, **choices).plan(budget)
+    amount, in_bytes = asked_for(budget, bytes)
+    codec = codec or (AUTO if in_bytes else NO_CODEC)
+    solver = Solver(model, policies, statistics, damage, tokens, codec=codec, in_bytes=in_bytes, **choices)
+    return solver.plan(amount)
 
 
 def solver_of(
@@ -165,44 +193,59 @@ def solver_of(
     objective: str | None = None,
     granularity: str | None = None,
     mode: str | None = None,
+    codec: str | None = None,
+    in_bytes: bool | None = None,
 ) -> Solver:
-    """The solver for a profile; what is not given is as in its plan. A `policy` may be one it does not hold yet."""
-    policies = profile.policies
+    """The solver for a profile; what is not given is as in its plan. A `policy` may be one it does not hold yet.
+
+    Where slots are counted now and bytes were before, or the other way round, the codec is chosen anew.
+    """
+    plan, policies = profile.plan, profile.policies
     if policy is not None and policy not in (AUTO, *policies):
         policies = policies | _by_name(policy)
+    before = plan.bytes is not None
+    in_bytes = before if in_bytes is None else in_bytes
+    if codec is None:
+        codec = plan.codec if in_bytes == before else AUTO if in_bytes else NO_CODEC
     return Solver(
         profile.model,
         policies,
         profile.statistics,
         damage,
         tokens=profile.calibration.measured.tokens,
-        policy=policy or profile.plan.policy,
-        rule=rule or profile.plan.rule,
+        policy=policy or plan.policy,
+        rule=rule or plan.rule,
         measured=measured,
-        objective=objective or profile.plan.objective,
-        granularity=granularity or profile.plan.granularity,
-        mode=mode or profile.plan.mode,
+        objective=objective or plan.objective,
+        granularity=granularity or plan.granularity,
+        mode=mode or plan.mode,
+        codec=codec,
+        in_bytes=in_bytes,
     )
 
 
 def replan(
     profile: Profile,
     damage: NDArray[np.floating] | None,
-    budget: float,
+    budget: float | None = None,
     *,
+    bytes: float | None = None,
     policy: str | None = None,
     rule: str | None = None,
     measured: Mapping[str, NDArray[np.generic]] | None = None,
     objective: str | None = None,
     granularity: str | None = None,
     mode: str | None = None,
+    codec: str | None = None,
 ) -> Profile:
-    """The same profile with a plan for another budget; what is not given stays as it was.
+    """The same profile with a plan for another fraction of the slots, or of the bytes; what is not given stays as it was.
 
     `damage` and `measured` are as in `Solver`. A `policy` may also be one that the profile does not hold yet. The check is
     dropped: it was measured for the old plan.
     """
-    check_budget(budget)
+    if budget is None and bytes is None:
+        budget, bytes = (profile.plan.budget, None) if profile.plan.bytes is None else (None, profile.plan.bytes)
+    amount, in_bytes = asked_for(budget, bytes)
     solver = solver_of(
         profile,
         damage,
@@ -212,8 +255,10 @@ def replan(
         objective=objective,
         granularity=granularity,
         mode=mode,
+        codec=codec,
+        in_bytes=in_bytes,
     )
-    return profile.model_copy(update={"policies": solver.policies, "plan": solver.plan(budget), "check": None})
+    return profile.model_copy(update={"policies": solver.policies, "plan": solver.plan(amount), "check": None})
 
 
 def _by_name(policy: str) -> dict[str, PolicyFacts]:

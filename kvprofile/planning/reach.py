@@ -17,6 +17,16 @@ def check_bytes(size: float) -> float:
     return _fraction("bytes", size, "the stock cache's bytes", 0.25)
 
 
+def asked_for(budget: float | None, size: float | None) -> tuple[float, bool]:
+    """What was asked for, and whether in bytes; half of the slots where nothing was.
+
+    Raises UsageError for both, and for what is no fraction.
+    """
+    if budget is not None and size is not None:
+        raise UsageError("both budget and bytes were given; give one: the fraction of the slots, or that of the bytes")
+    return (check_bytes(size), True) if size is not None else (check_budget(0.5 if budget is None else budget), False)
+
+
 def _fraction(what: str, value: float, of: str, example: float) -> float:
     if not 0.0 < value <= 1.0:
         raise UsageError(

@@ -25,13 +25,18 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "attention_cosine": ("layers",),
     "damage_mean": ("merged", "policies", "kv_heads", "budgets", "kinds"),
     "damage_std": ("merged", "policies", "kv_heads", "budgets", "kinds"),
+    "key_codec_damage": ("merged", "codec_policies", "kv_heads", "codec_shares", "codecs", "kinds"),
+    "value_codec_damage": ("merged", "codec_policies", "kv_heads", "codec_shares", "codecs", "kinds"),
+    "key_mean": ("layers", "kv_heads", "head_dim"),
 } | {
     f"ratio_{part}.{rule}": ("layers", "kv_heads", "thresholds")
     for part in ("mean", "std")
     for rule in ("chain", "anchor", "complete")
 }
+UNCENTRED = ("none", "bfloat16", "float16")  # codecs to which a mean makes no difference
 ALWAYS = ("key_histogram", "value_histogram", "distances", "similarity_by_distance", "similarity_map")
-FINITE = ("damage_mean", "damage_std")
+DAMAGE = ("damage_mean", "damage_std")
+CODEC_DAMAGE = ("key_codec_damage", "value_codec_damage")
 
 
 def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: Path) -> None:
@@ -42,24 +47,43 @@ def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: P
     import numpy as np
 
     damage = profile.statistics.damage
-    needed = [*ALWAYS, *(() if damage is None else FINITE)]
+    needed = [*ALWAYS, *(() if damage is None else DAMAGE)]
+    if damage is not None and damage.codecs:
+        needed += [*CODEC_DAMAGE, "key_mean"]
     if missing := [name for name in needed if name not in arrays]:
         raise KVProfileError(
             f"{file} holds no {', '.join(missing)}, which the profile says was measured; calibrate anew"
         )
+    if "key_mean" not in arrays and (codecs := _centring(profile)):
+        raise KVProfileError(
+            f"{file} holds no key_mean, by which keys are centred before {', '.join(codecs)} stores them; calibrate anew"
+        )
     sizes = {
         "layers": profile.model.layers,
         "kv_heads": profile.model.kv_heads,
+        "head_dim": profile.model.head_dim,
         "merged": len(profile.attention_layers()),
         "thresholds": len(profile.statistics.thresholds),
     }
     if damage is not None:
         sizes |= {"policies": len(damage.policies), "budgets": len(damage.budgets), "kinds": len(damage.kinds)}
+        if damage.codecs:
+            sizes |= {"codec_policies": len(damage.codec_policies), "codec_shares": len(damage.codec_shares)}
+            sizes["codecs"] = len(damage.codecs)
     for name, letters in SHAPES.items():
         if name in arrays:
             _check_shape(f"{file}: {name}", arrays[name], letters, sizes)
-            if name in FINITE and not (np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all()):
+            harm = name in (*DAMAGE, *CODEC_DAMAGE)
+            if harm and not (np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all()):
                 raise KVProfileError(f"{file}: {name} holds numbers that no damage can have; calibrate anew")
+            if name == "key_mean" and not np.isfinite(arrays[name]).all():
+                raise KVProfileError(f"{file}: {name} holds numbers that no mean can have; calibrate anew")
+
+
+def _centring(profile: "Profile") -> list[str]:
+    """The plan's codecs that centre keys."""
+    used = {head.key_codec for layer in profile.plan.layers for head in layer.heads}
+    return sorted(used - set(UNCENTRED))
 
 
 def _check_shape(what: str, array: "np.ndarray", letters: tuple[str, ...], sizes: dict[str, int]) -> None:

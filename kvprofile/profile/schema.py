@@ -266,6 +266,16 @@ class Plan(_Strict):
     damage_bound: Number | None = Field(description="no allocation of this budget predicts less")
     layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
 
+    @property
+    def asked(self) -> float:
+        """What was asked for: a fraction of the slots, or of the bytes."""
+        return self.budget if self.bytes is None else self.bytes
+
+    @property
+    def unit(self) -> str:
+        """What it is a fraction of: slots or bytes."""
+        return "slots" if self.bytes is None else "bytes"
+
     def without_thresholds(self) -> list[int]:
         """Layers with a head that is to be merged and has no threshold to merge by."""
         return [
@@ -398,15 +408,15 @@ class Profile(_Strict):
             )
         return load_arrays(self, self._path)
 
-    def replan(self, budget: float, **choices: str) -> "Profile":
-        """The same profile with a plan for another budget; `choices` are those of `kvprofile.replan`.
+    def replan(self, budget: float | None = None, *, bytes: float | None = None, **choices: str) -> "Profile":
+        """The same profile with a plan for another budget, or other bytes; `choices` are those of `kvprofile.replan`.
 
         Raises as `kvprofile.replan` does, and KVProfileError where the arrays are not at hand.
         """
         from kvprofile.planning.plans import replan
 
         arrays = {} if self.statistics.arrays is None else self.arrays()
-        return replan(self, arrays.get("damage_mean"), budget, measured=arrays, **choices)
+        return replan(self, arrays.get("damage_mean"), budget, bytes=bytes, measured=arrays, **choices)
 
     def plot_similarity(self, layer: int, head: int = 0) -> "Plot":
         """How alike a head's keys are, token by token. Raises UsageError for a layer or head the model does not have."""

@@ -5,8 +5,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kvprofile import __version__
+from kvprofile.names import NO_CODEC
 from kvprofile.profile.schema import SCHEMA_VERSION
 
+# Of a head's part of a plan, where nothing else is said.
+UNSAID = {"damage": None, "key_codec": NO_CODEC, "value_codec": NO_CODEC}
 NOTHING = "nothing: the plan was written by hand"
 
 
@@ -21,7 +24,8 @@ def unmeasured_values(
     """JSON values of a profile with this plan and no statistics.
 
     `facts` are the model's `fingerprint.model_facts`, `policies` JSON values by name (at least one), `heads` of every
-    full-attention layer a `{"policy": ..., "epsilon": ..., "share": ...}` for each KV head.
+    full-attention layer a `{"policy": ..., "epsilon": ..., "share": ...}` for each KV head, and its
+    codecs where it has any.
     """
     text = {"samples": 0, "tokens": 0, "kinds": {}}
     # What is wrong with the plan is said by the schema; here it only has to be written down.
@@ -72,7 +76,12 @@ def unmeasured_values(
             "predicted_damage": None,
             "damage_bound": None,
             "layers": [
-                {"layer": layer, "epsilon": None, "share": 1.0, "heads": [{"damage": None, **head} for head in own]}
+                {
+                    "layer": layer,
+                    "epsilon": None,
+                    "share": 1.0,
+                    "heads": [{**UNSAID, **head} for head in own],
+                }
                 for layer, own in heads.items()
             ],
         },

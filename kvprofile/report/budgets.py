@@ -43,8 +43,8 @@ def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]] | None) ->
     except (MismatchError, UsageError):  # nothing to merge
         return []
     rows = []
-    for budget in sorted({*GRID, profile.plan.budget}):
-        own = budget == profile.plan.budget
+    for budget in sorted({*GRID, profile.plan.asked}):
+        own = budget == profile.plan.asked
         try:
             cost = profile.plan.predicted_damage if own else total(planned.decide(budget))
             uniform = total(even.decide(budget))

@@ -44,7 +44,7 @@ def thresholds_caption(profile: Profile) -> str:
 
 def damage_caption(profile: Profile, rows: Sequence[Cost]) -> str:
     """What a smaller budget would cost, and whether the prediction held."""
-    own = profile.plan.budget
+    own = profile.plan.asked
     text = "Lower is better; a step on the scale is a factor of ten. "
     smaller = [row for row in rows if row.budget < own and row.damage]
     if smaller and profile.plan.predicted_damage:

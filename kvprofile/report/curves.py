@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.schema import ModeCheck, Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.heads import Arrays, common_threshold, seen_layers
 from kvprofile.report.measured import measured_damage, own_check
@@ -24,14 +24,14 @@ def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
         planned, uniform = ([value or np.nan for value in values] for values in zip(*map(_damages, rows), strict=True))
         axis.plot(budgets, uniform, "--", color=RIVAL, linewidth=1.6, label="uniform shares, predicted")
         axis.plot(budgets, planned, color=ACCENT, linewidth=2, label="this plan's settings, predicted")
-        budget, damage = profile.plan.budget, profile.plan.predicted_damage
+        budget, damage = profile.plan.asked, profile.plan.predicted_damage
         if damage:
             _ring(axis, budget, damage, ACCENT, f"the plan: budget {budget:g}, {number(damage)}")
         if profile.check is not None:
             own, even = own_check(profile), profile.check.uniform
             for check, colour, label in ((even, RIVAL, "uniform, measured"), (own, ACCENT, "the plan, measured")):
                 axis.plot(
-                    check.achieved.mean,
+                    _place(profile, check),
                     measured_damage(check.fidelity, profile.plan.objective),
                     "D",
                     markersize=6.5,
@@ -59,14 +59,20 @@ def overlaid_damage(subjects: Sequence[tuple[str, Profile, Sequence[Cost]]], wid
             axis.plot(budgets, uniform, "--", color=colour, linewidth=1.2, alpha=0.6, label=f"{name}: uniform")
             axis.plot(budgets, planned, color=colour, linewidth=2, label=f"{name}: predicted")
             if damage := profile.plan.predicted_damage:
-                _ring(axis, profile.plan.budget, damage, colour, f"{name}: the plan")
+                _ring(axis, profile.plan.asked, damage, colour, f"{name}: the plan")
             if profile.check is not None:
                 own = own_check(profile)
                 found = measured_damage(own.fidelity, profile.plan.objective)
-                axis.plot(own.achieved.mean, found, "D", markersize=6.5, color=colour, label=f"{name}: measured")
+                axis.plot(_place(profile, own), found, "D", markersize=6.5, color=colour, label=f"{name}: measured")
         _budget_axes(axis)
         _legend(plot, axis, width)
     return plot
+
+
+def _place(profile: Profile, check: ModeCheck) -> float:
+    """Where a check stands among budgets: what it kept of the slots; plans for bytes keep what they were planned to."""
+    plan = profile.plan
+    return check.achieved.mean if plan.bytes is None else plan.predicted_bytes or plan.bytes
 
 
 def ratio_curves(profile: Profile, width: int) -> Plot:

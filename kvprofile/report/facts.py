@@ -4,6 +4,7 @@ from collections import Counter
 
 from kvprofile.profile.schema import Profile
 from kvprofile.report.numbers import count, duration, number
+from kvprofile.report.plan_words import asked
 
 
 def about(profile: Profile) -> list[tuple[str, str]]:
@@ -27,7 +28,7 @@ def about(profile: Profile) -> list[tuple[str, str]]:
         ),
         (
             "Plan",
-            f"budget {plan.budget:g}, {plan.mode} mode, policy {plan.policy}, rule {plan.rule}, a share for every "
+            f"{asked(plan)}, {plan.mode} mode, policy {plan.policy}, rule {plan.rule}, a share for every "
             f"{plan.granularity}, objective {plan.objective}",
         ),
         ("Numbers", f"{text.dtype} on {text.device}, seed {text.seed}"),

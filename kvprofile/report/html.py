@@ -125,7 +125,7 @@ def _side(prefix: str, subject: Subject, policies: Sequence[str], *, alone: bool
     return {
         "name": subject.name,
         "model": profile.model.name,
-        "budget": profile.plan.budget,
+        "budget": profile.plan.asked,
         "sliding": sliding_layers(profile),
         "day": profile.created.time[:10],
         "command": profile.created.command,
@@ -244,12 +244,12 @@ def _cost_table(subject: Subject) -> dict[str, Any] | None:
     if not any(row.damage is not None for row in subject.costs):
         return None
     profile = subject.profile
-    own = profile.plan.predicted_damage
+    own, unit = profile.plan.predicted_damage, "budget" if profile.plan.bytes is None else "of the bytes"
     return {
-        "header": ["budget", "damage", "against the plan", "uniform shares", "bytes"],
+        "header": [unit, "damage", "against the plan", "uniform shares", "bytes"],
         "rows": [
             (
-                row.budget == profile.plan.budget,
+                row.budget == profile.plan.asked,
                 row.budget,
                 [
                     f"{row.budget:g}",
@@ -266,7 +266,7 @@ def _cost_table(subject: Subject) -> dict[str, Any] | None:
 
 def _memory(profile: Profile) -> dict[str, Any]:
     """Sizes of the merged layers' cache at the calibration's length, which the page's script computes anew for others."""
-    full, kept = merged_bytes(profile, 1.0), merged_bytes(profile, profile.plan.budget)
+    full, kept = merged_bytes(profile, 1.0), merged_bytes(profile, profile.plan.asked)
     return {
         "tokens": profile.calibration.measured.tokens,
         "dtype": profile.calibration.dtype,

@@ -29,7 +29,7 @@ def judge(profile: Profile, rows: Sequence[Cost] = ()) -> Judgement:
     Worth it: the damage is at most `DAMAGE` nats per token and at least `SAVING` of the cache's bytes are saved. `rows` are
     what other budgets would cost (`costs`); without them only the plan's own budget is judged.
     """
-    budget, covered = profile.plan.budget, covered_bytes(profile)
+    budget, covered = profile.plan.asked, covered_bytes(profile)
     damage, saved = _own(profile, covered)
     if damage is None:
         return Judgement("Not judged", "Neither a check nor damage curves are at hand.", None)
@@ -96,7 +96,7 @@ def tokens_changed(profile: Profile) -> float | None:
 def _own(profile: Profile, covered: float) -> tuple[float | None, float]:
     """Damage in nats per token, measured or else predicted, and the part of the bytes that is saved."""
     if profile.check is None:
-        return profile.plan.predicted_damage, covered * (1 - profile.plan.budget)
+        return profile.plan.predicted_damage, covered * (1 - profile.plan.asked)
     return measured_damage(own_check(profile).fidelity, profile.plan.objective), 1 - profile.check.bytes_ratio
 
 

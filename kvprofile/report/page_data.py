@@ -31,7 +31,7 @@ def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
     colours = [to_hex(colour) for colour in policy_colours(len(policies))]
     return {
         "name": subject.name,
-        "budget": plan.budget,
+        "budget": plan.asked,
         "layers": facts.layers,
         "kv_heads": facts.kv_heads,
         "head_dim": facts.head_dim,
@@ -63,7 +63,7 @@ def sliding_layers(profile: Profile) -> int:
 
 
 def _solver(subject: Subject) -> dict[str, Any] | None:
-    """The curves and settings that `allocate` goes by; None where no damage is at hand.
+    """The curves and settings that `allocate` goes by; None where no damage is at hand, or bytes are what is spent.
 
     Of every head, or of every layer where a plan has a share for each, only the policies are there that its envelope takes
     somewhere: `candidates`. `curves` are float64, little-endian, in base64: group, candidate, head, budget.
@@ -71,6 +71,7 @@ def _solver(subject: Subject) -> dict[str, Any] | None:
     profile, measured = subject.profile, subject.profile.statistics.damage
     if (
         subject.arrays is None
+        or profile.plan.bytes is not None
         or measured is None
         or not OBJECTIVES[profile.plan.objective].keys() <= set(measured.kinds)
     ):

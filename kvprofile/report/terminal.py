@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvprofile.profile.schema import HeadPlan, Profile
+from kvprofile.report.plan_words import asked, codecs_of, kept
 
 if TYPE_CHECKING:
     from kvprofile.calibration.estimate import Estimate
@@ -46,7 +47,7 @@ def show(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
     plan, facts = profile.plan, profile.model
     console.print(
         f"[bold]{escape(facts.name)}[/] ({facts.architecture}, {facts.layers} layers x {facts.kv_heads} KV heads), "
-        f"budget {plan.budget:g}, "
+        f"{asked(plan)}, "
         f"{plan.mode} mode, policy {plan.policy}, rule {plan.rule}, a share for every {plan.granularity}"
     )
     table = Table(box=None, pad_edge=False)
@@ -63,6 +64,7 @@ def show(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
         cells = [_head(head, plan.mode) for head in layer.heads] if few else _heads(layer.heads)
         table.add_row(str(layer.layer), f"{layer.share:.1%}", bar(layer.share), *cells)
     console.print(table)
+    console.print(f"The plan {kept(plan)}.")
     if stock := facts.layers - len(plan.layers):
         console.print(f"{stock} other layers (sliding or linear attention) keep their stock cache.")
     _say_verdict(console, profile, rows)
@@ -209,13 +211,13 @@ def _head(head: HeadPlan, mode: str) -> str:
     level = LEVELS[min(len(LEVELS) - 1, int(head.share * len(LEVELS)))]
     if mode == "threshold":
         return f"{level} {'-' if head.epsilon is None else f'{head.epsilon:.3f}'} {head.policy}"
-    return f"{level} {head.share:.2f} {head.policy}"
+    return f"{level} {head.share:.2f} {head.policy}{codecs_of(head)}"
 
 
 def _heads(heads: Sequence[HeadPlan]) -> tuple[str, str]:
     """Where there are many: a level for each head, and how many follow which policy."""
     levels = "".join(LEVELS[min(len(LEVELS) - 1, int(head.share * len(LEVELS)))] for head in heads)
-    counts = Counter(head.policy for head in heads)
+    counts = Counter(f"{head.policy}{codecs_of(head)}" for head in heads)
     return levels, ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvprofile.profile.schema import Fidelity, Profile
+from kvprofile.profile.schema import Fidelity, Plan, Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.judgement import judge, prediction_remark
 from kvprofile.report.measured import kinds_of, measured_damage, own_check
@@ -28,12 +28,12 @@ def evidence(profile: Profile) -> list[str]:
             "" if plan.predicted_damage is None else f", at a predicted damage of {number(plan.predicted_damage)} nats"
         )
         return [
-            f"Keeps {percent(plan.predicted_ratio)} of the slots (asked {percent(plan.budget)}){predicted}; not checked on "
-            "held-out text."
+            f"Keeps {percent(plan.predicted_ratio)} of the slots (asked {_asked(plan)}){predicted}; not "
+            "checked on held-out text."
         ]
     own = own_check(profile)
     lines = [
-        f"Asked to keep {percent(plan.budget)} of the slots; held-out text keeps {percent(own.achieved.mean)} "
+        f"Asked to keep {percent(plan.asked)} of the {plan.unit}; held-out text keeps {percent(own.achieved.mean)} "
         f"(sd {percent(own.achieved.std)}, worst {percent(own.achieved.worst)}), {percent(check.bytes_ratio)} of the bytes.",
         f"Against the full cache, in nats per token: {_kinds(own.fidelity)}.",
     ]
@@ -52,7 +52,9 @@ def tiles(profile: Profile) -> list[tuple[str, str, str]]:
     """The check's figures as label, number and remark."""
     plan, check = profile.plan, profile.check
     if check is None:
-        rows = [("slots kept, as planned", percent(plan.predicted_ratio), f"asked {percent(plan.budget)}")]
+        rows = [("slots kept, as planned", percent(plan.predicted_ratio), f"asked {_asked(plan)}")]
+        if plan.predicted_bytes is not None:
+            rows.append(("bytes, as planned", percent(plan.predicted_bytes), "of the merged layers' in 16 bits"))
         if plan.predicted_damage is not None:
             rows.append(("damage, predicted", number(plan.predicted_damage), "nats per token"))
         return rows
@@ -61,7 +63,7 @@ def tiles(profile: Profile) -> list[tuple[str, str, str]]:
         (
             "slots kept",
             percent(own.achieved.mean),
-            f"asked {percent(plan.budget)}, sd {percent(own.achieved.std)}, worst {percent(own.achieved.worst)}",
+            f"asked {_asked(plan)}, sd {percent(own.achieved.std)}, worst {percent(own.achieved.worst)}",
         ),
         ("bytes", percent(check.bytes_ratio), "of the full cache, every layer counted"),
     ]
@@ -99,6 +101,10 @@ def check_table(profile: Profile) -> tuple[list[str], list[list[str]]]:
     for kind in kinds_of(check.exact.fidelity):
         rows.append([f"same top token, {kind}", *(percent(getattr(mode.fidelity, f"{kind}_top1")) for mode in columns)])
     return ["", *modes], rows
+
+
+def _asked(plan: Plan) -> str:
+    return f"{percent(plan.asked)}{'' if plan.bytes is None else ' of the bytes'}"
 
 
 def _times(own: float, even: float) -> str:

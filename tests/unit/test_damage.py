@@ -10,7 +10,7 @@ from kvprofile import KVMerger
 from kvprofile.calibration import sensitivity
 from kvprofile.calibration.measure import damage as module
 from kvprofile.calibration.measure import probed
-from kvprofile.calibration.measure.damage import BUDGETS, DamageCurves, damage
+from kvprofile.calibration.measure.damage import BUDGETS, MANY, DamageCurves, damage
 from kvprofile.calibration.measure.probed import Reading
 from kvprofile.calibration.observe import observing
 from kvprofile.calibration.probe_mix import ProbeMix
@@ -67,6 +67,7 @@ def _readings() -> dict[int, Reading]:
 def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.ndarray:
     """Damage `(kv_heads, kinds)` at one budget: the slots the runtime would hold, one softmax, float64."""
     policy, context, call = POLICIES[name], reading.context, reading.call
+    counted = reading.few.numpy() if budget > MANY and not policy.only_drops else np.arange(len(reading.kind))
     tokens = context.keys.shape[2]
     recent = policy.protection.recent_tokens(tokens)
     kv_heads, group = call.key.shape[1], call.query.shape[1] // call.key.shape[1]
@@ -98,7 +99,8 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
             change = softmax(logits, axis=-1) @ values - unmerged
             slopes += (exact(reading.gradients[:, :, one]) * change).sum(-1)
         for kind in range(len(KINDS)):
-            result[kv_head, kind] = (slopes[:, reading.kind.numpy() == kind] ** 2).mean() / 2
+            own = counted[reading.kind.numpy()[counted] == kind]
+            result[kv_head, kind] = (slopes[:, own] ** 2).mean() / 2
     return result
 
 
@@ -134,7 +136,7 @@ def test_heads_taken_in_parts_are_what_they_are_together(monkeypatch, name):
 @pytest.mark.parametrize("name", [name for name in DROPS + MERGES if not POLICIES[name].only_drops])
 def test_budgets_merged_together_are_what_they_are_one_by_one(monkeypatch, readings, name):
     expected = damage(readings[1], [POLICIES[name]], KINDS)
-    monkeypatch.setattr(module, "_together", lambda counts, _part: [counts[:5], counts[5:]])
+    monkeypatch.setattr(module, "together", lambda counts, _part: filter(None, [counts[:5], counts[5:]]))
     np.testing.assert_allclose(damage(readings[1], [POLICIES[name]], KINDS), expected, rtol=1e-4, atol=1e-12)
 
 

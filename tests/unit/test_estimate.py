@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvprofile.calibration.cost import Sizes, Work, checking, measuring, memory, prefill
 from kvprofile.calibration.estimate import LIBRARIES, Rates, estimate, measure_rates
-from kvprofile.calibration.measure.damage import BUDGETS
+from kvprofile.calibration.measure.damage import BUDGETS, MANY
+from kvprofile.calibration.measure.probed import EVERY
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.errors import UsageError
 from kvprofile.merging.nearest import WINDOW
@@ -95,11 +96,16 @@ def test_every_policy_is_counted_by_what_it_does():
     terms = measuring(SIZES, 1024, 100, names)
     drop, merge, join, mend = (terms[f"damage of {name}"] for name in names)
     # A merging policy attends to the slots of every budget anew, keys and values; a dropping one adds up values once.
-    assert merge.exact == pytest.approx(2 * sum(BUDGETS) * drop.exact)
+    asked = sum(share if share <= MANY else share / EVERY for share in BUDGETS)
+    assert merge.exact == pytest.approx(2 * asked * drop.exact)
     assert merge.exact < join.exact == mend.exact
     assert merge.launches < mend.launches
     assert {"prefill", "statistics", "probe", "gradients", "damage"} < set(terms)
     assert set(measuring(SIZES, 1024, 100, ())) == {"prefill", "statistics"}
+    one, two = (
+        measuring(SIZES, 1024, 100, names, codecs)["damage of codecs"] for codecs in (["int8"], ["int8", "int4"])
+    )
+    assert one.exact < two.exact < 2 * one.exact < sum(terms[f"damage of {name}"].exact for name in names)
     assert set(checking(SIZES, 1024)) == {"prefill", "answers", "merging"}
 
 

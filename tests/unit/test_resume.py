@@ -117,14 +117,24 @@ def loaded(tiny_folder):
     return load_model(str(tiny_folder), device="cpu", dtype="float32")
 
 
+CODECS = ("int8", "int4")
+
+
 def blocks_of(loaded, text, **changes):
     size = {"samples": 4, "tokens": 256, "held_out": 0, "continuation": 64, **changes}
     return make_samples(load_documents(str(text)), loaded.tokenizer, **size)
 
 
 def run_with(loaded, blocks, **changes):
-    settings = {"policy": "auto", "base": "gauss", "candidates": CANDIDATES, "mix": ProbeMix(), "seed": 0, **changes}
-    return run_of(loaded, blocks, **settings)
+    asked = {
+        "policy": "auto",
+        "base": "gauss",
+        "candidates": CANDIDATES,
+        "codecs": CODECS,
+        "mix": ProbeMix(),
+        "seed": 0,
+    }
+    return run_of(loaded, blocks, **{**asked, **changes})
 
 
 class Crash(Exception):
@@ -151,7 +161,7 @@ def test_every_accumulator_is_taken_up_again(after, loaded, tiny_text_file, tmp_
     found, again = join([kept.folder])
     assert found == kept.run
     # Neither the files nor the order of the work show: these are the bytes of a run without files.
-    plain = measure(loaded, blocks.calibration, "gauss", candidates=CANDIDATES).finish()
+    plain = measure(loaded, blocks.calibration, "gauss", candidates=CANDIDATES, codecs=CODECS).finish()
     for name, array in again.finish().items():
         assert array.dtype == plain[name].dtype
         assert array.tobytes() == plain[name].tobytes(), name
@@ -167,6 +177,7 @@ def test_what_differs_is_named(loaded, tiny_text_file, tmp_path):
         "seed": run_with(loaded, blocks, seed=1),
         "policy": run_with(loaded, blocks, base="pivot"),
         "mix": run_with(loaded, blocks, mix=ProbeMix(passages=3)),
+        "codecs": run_with(loaded, blocks, codecs=("int8",)),
         "code": newer,
     }.items():
         with pytest.raises(KVProfileError, match=rf"its {name} is .* --resume out") as caught:

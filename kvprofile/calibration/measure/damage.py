@@ -26,7 +26,8 @@ from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens
 
-BUDGETS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+BUDGETS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+MANY = 0.9  # beyond this share a merged head's damage is asked of few queries: most slots, for the least harm
 MERGED_BYTES = (
     256 * 2**20
 )  # of the keys and values, in float32, that are merged at a time where there is a device to wait for
@@ -67,9 +68,11 @@ def damage(reading: Reading, policies: Sequence[Policy], kinds: Sequence[str]) -
     places = [KINDS.index(kind) for kind in kinds]
     parts = []
     for part in reading.parts():
-        probe = Probed(part, places)
+        probe, few = Probed(part, places), Probed(part.thinned(), places)
         parts.append(
-            torch.stack([_drop(probe, policy) if policy.only_drops else _merge(probe, policy) for policy in policies])
+            torch.stack(
+                [_drop(probe, policy) if policy.only_drops else _merge(probe, few, policy) for policy in policies]
+            )
         )
     return torch.cat(parts, dim=1).cpu().numpy().astype(np.float64)
 
@@ -99,23 +102,30 @@ def _drop(probe: Probed, policy: Policy) -> Tensor:
     return torch.stack(errors, dim=1)
 
 
-def _merge(probe: Probed, policy: Policy) -> Tensor:
+def _merge(probe: Probed, few: Probed, policy: Policy) -> Tensor:
+    """Damage `(kv_heads, budgets, kinds)` of merging."""
+    usual, nearly_all = ([budget for budget in BUDGETS if (budget > MANY) == high] for high in (False, True))
+    parts = [(probe, usual), (few, nearly_all)]
+    return torch.cat([_merged(asked, policy, budgets) for asked, budgets in parts if budgets], dim=1)
+
+
+def _merged(probe: Probed, policy: Policy, budgets: Sequence[float]) -> Tensor:
     """Damage `(kv_heads, budgets, kinds)` of merging, with the very function the runtime uses."""
     part, recent, heavy = probe.split(policy)
     tokens = part.keys.shape[2] + recent
     above, below = probe.recent(part.keys.shape[2])
     errors = []
     least = policy.least(policy.protection.first + heavy)
-    for counts in _together([max(least, round(budget * tokens) - recent) for budget in BUDGETS], part):
+    for counts in together([max(least, round(budget * tokens) - recent) for budget in budgets], part):
         count = torch.tensor(counts)[:, None].expand(-1, probe.kv_heads)
-        slots = merge_tokens(_copies(part, len(counts)), policy, epsilon=None, count=count, heavy=heavy)
-        for row in _rows(slots, probe.kv_heads):
-            numerator, denominator = probe.over(*_padded(row))
+        slots = merge_tokens(copies(part, len(counts)), policy, epsilon=None, count=count, heavy=heavy)
+        for row in rows(slots, probe.kv_heads):
+            numerator, denominator = probe.over(*padded(row))
             errors.append(probe.damage(above + numerator, below + denominator))
     return torch.stack(errors, dim=1)
 
 
-def _together(counts: list[int], part: Tokens) -> Iterator[list[int]]:
+def together(counts: list[int], part: Tokens) -> Iterator[list[int]]:
     """The slot counts that are merged at a time, each as a batch row: every merge waits for the device a few times.
 
     On a CPU one by one: nothing waits there, and what is small stays in its caches.
@@ -127,26 +137,26 @@ def _together(counts: list[int], part: Tokens) -> Iterator[list[int]]:
         yield counts[low : low + size]
 
 
-def _copies(part: Tokens, count: int) -> Tokens:
+def copies(part: Tokens, count: int) -> Tokens:
     """The same tokens as `count` batch rows; nothing is copied yet."""
 
-    def rows(tensor: Tensor) -> Tensor:
+    def repeated(tensor: Tensor) -> Tensor:
         return tensor.expand(count, *tensor.shape[1:])
 
     asked = part.queries
     if asked is not None:
-        asked = replace(asked, states=rows(asked.states), keys=rows(asked.keys), values=rows(asked.values))
+        asked = replace(asked, states=repeated(asked.states), keys=repeated(asked.keys), values=repeated(asked.values))
     return replace(
         part,
-        keys=rows(part.keys),
-        values=rows(part.values),
-        mass=None if part.mass is None else rows(part.mass),
-        windows={size: rows(received) for size, received in part.windows.items()},
+        keys=repeated(part.keys),
+        values=repeated(part.values),
+        mass=None if part.mass is None else repeated(part.mass),
+        windows={size: repeated(received) for size, received in part.windows.items()},
         queries=asked,
     )
 
 
-def _rows(slots: Slots, kv_heads: int) -> Iterator[Slots]:
+def rows(slots: Slots, kv_heads: int) -> Iterator[Slots]:
     """The slots of every batch row."""
     low = 0
     for first in range(0, len(slots.lengths), kv_heads):
@@ -156,7 +166,7 @@ def _rows(slots: Slots, kv_heads: int) -> Iterator[Slots]:
         low = high
 
 
-def _padded(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+def padded(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and bias of one row in float32, the heads of equal length.
 
     They are only viewed where they are equal: heads whose protected tokens exceed the count make others be padded.

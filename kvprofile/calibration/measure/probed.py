@@ -10,7 +10,13 @@ from kvprofile.merging.policies import Policy
 from kvprofile.merging.tokens import Tokens
 from kvprofile.runtime.attention import AttentionCall
 
+EVERY = 3  # one of so many queries is asked where some are enough
 PART_BYTES = 256 * 2**20  # of the attention weights that are at hand at a time
+
+
+def some_of(kind: Tensor) -> Tensor:
+    """Indices, rising, of one of `EVERY` tokens of each kind, and of at least one; tokens that do not count are left out."""
+    return torch.cat([(kind == one).nonzero()[::EVERY, 0] for one in range(int(kind.max()) + 1)]).sort().values
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,22 @@ class Reading:
 
     context: the tokens to be merged, the recent ones included, with mass and windows. call: the probe's attention; its
     keys and values are those of the probe alone. gradients `(draws, queries, heads, value_dim)` float32: of the
-    log-probability of drawn answers at the attention's output. kind `(queries,)`: the kind of each probe token.
+    log-probability of drawn answers at the attention's output. kind `(queries,)`: the kind of each query's token. few: indices
+    of the queries that are asked where some are enough (`some_of`). places `(queries,)`: which of the probe's tokens the
+    queries are; None: all, in order.
     """
 
     context: Tokens
     call: AttentionCall
     gradients: Tensor
     kind: Tensor
+    few: Tensor
+    places: Tensor | None = None
+
+    def thinned(self) -> "Reading":
+        """The few queries alone; they look at all keys still."""
+        call = replace(self.call, query=self.call.query[:, :, self.few])
+        return Reading(self.context, call, self.gradients[:, self.few], self.kind[self.few], self.few, self.few)
 
     def parts(self) -> Iterator["Reading"]:
         """The KV heads in parts whose attention weights fit into `PART_BYTES`, of one head at least."""
@@ -50,7 +65,7 @@ class Reading:
                 options=options,
             )
             context = self.context.of_heads(list(range(low, high)))
-            yield Reading(context, call, self.gradients[:, :, of_query], self.kind)
+            yield Reading(context, call, self.gradients[:, :, of_query], self.kind, self.few, self.places)
 
 
 class Probed:
@@ -72,7 +87,9 @@ class Probed:
         self.of_kind = member / member.sum(0)
         self.query = call.query[0].reshape(self.kv_heads, group * queries, dim).float()
         own, logits = self.logits(call.key[0].float()), self.logits(self.context.keys[0].float())
-        future = torch.ones(queries, queries, dtype=torch.bool, device=own.device).triu(1)
+        order = torch.arange(call.key.shape[2], device=own.device)
+        places = order if reading.places is None else reading.places
+        future = order > places[:, None]
         own.unflatten(1, (group, queries)).masked_fill_(future, -torch.inf)
         self.top = torch.maximum(own.amax(-1, keepdim=True), logits.amax(-1, keepdim=True))
         self.weights = logits.sub_(self.top).exp_()
@@ -92,15 +109,22 @@ class Probed:
 
     def over(self, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of slots: `(kv_heads, slots, dim)`, `(kv_heads, slots, value_dim)`, `(kv_heads, slots)`."""
-        weights = self.logits(keys).add_(bias[:, None, :]).sub_(self.top).exp_()
+        weights = self.weigh(keys, bias)
         return weights @ values, weights.sum(-1, keepdim=True)
+
+    def weigh(self, keys: Tensor, bias: Tensor) -> Tensor:
+        """Weights `(kv_heads, group * queries, slots)` of slots, in the unit of `weights`."""
+        return self.logits(keys).add_(bias[:, None, :]).sub_(self.top).exp_()
 
     def damage(self, above: Tensor, below: Tensor) -> Tensor:
         """Damage `(kv_heads, kinds)` of attending to slots with this numerator and denominator, and the probe's own.
 
         NaN for a kind the probe has none of.
         """
-        change = (self.above + above) / (self.below + below) - self.exact
+        return self.change((self.above + above) / (self.below + below) - self.exact)
+
+    def change(self, change: Tensor) -> Tensor:
+        """Damage `(kv_heads, kinds)` of a change of the output, `(kv_heads, group * queries, value_dim)`."""
         slope = torch.einsum("rqhgd,hgqd->rhq", self.gradients, change.unflatten(1, (self.group, self.queries)))
         return (slope.square().mean(0) / 2) @ self.of_kind
 

@@ -1,16 +1,18 @@
 """All that is measured in one calibration run, as one accumulator."""
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvprofile.calibration.measure.adjacent import AdjacentSimilarity
+from kvprofile.calibration.measure.codec_damage import CodecDamage
 from kvprofile.calibration.measure.coverage import MassCoverage
 from kvprofile.calibration.measure.damage import DamageCurves
 from kvprofile.calibration.measure.distance import SimilarityByDistance
 from kvprofile.calibration.measure.hidden import AttentionChange
+from kvprofile.calibration.measure.key_mean import KeyMean
 from kvprofile.calibration.measure.maps import SimilarityMap
 from kvprofile.calibration.measure.ratios import CompressionRatios
 from kvprofile.calibration.measure.window import WindowAttention, window_attention
@@ -26,7 +28,8 @@ class Statistics:
     """Key similarity in every form, the compression ratios under a policy's protected tokens, and what budget rules go by.
 
     With `rules` empty only the similarity measures are taken, which cost next to nothing. `damage` holds the damage curves
-    of the full-attention layers, where they are measured.
+    of the full-attention layers, where they are measured, `codecs` what storing their slots in fewer bits costs, and
+    `key_mean` by what their keys are centred then.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Statistics:
         *,
         rules: tuple[str, ...] = RULES,
         damage: DamageCurves | None = None,
+        codecs: CodecDamage | None = None,
+        key_mean: KeyMean | None = None,
     ) -> None:
         self.policy = policy
-        self.damage = damage
+        self.damage, self.codecs, self.key_mean = damage, codecs, key_mean
         self.adjacent = AdjacentSimilarity(layers, kv_heads)
         self.distance = SimilarityByDistance(layers, kv_heads, tokens)
         self.map = SimilarityMap(layers, kv_heads)
@@ -58,6 +63,8 @@ class Statistics:
         self.adjacent.update(layer, keys, values)
         self.distance.update(layer, keys)
         self.map.update(layer, keys)
+        if self.key_mean is not None:
+            self.key_mean.update(layer, keys)
         if mass is not None:
             self.coverage.update(layer, mass[0])
             attention = window_attention(call.query, call.key, call.scaling, softcap=call.softcap, sinks=call.sinks)
@@ -90,7 +97,7 @@ class Statistics:
             "coverage": self.coverage.state(),
             "window": self.window.state(),
             "change": self.change.state(),
-            "damage": {} if self.damage is None else self.damage.state(),
+            **{name: part.state() for name, part in self._asked().items()},
         }
         return {f"{part}/{name}": array for part, state in states.items() for name, array in state.items()}
 
@@ -103,8 +110,9 @@ class Statistics:
         self.coverage.merge(other.coverage)
         self.window.merge(other.window)
         self.change.merge(other.change)
-        if self.damage is not None and other.damage is not None:
-            self.damage.merge(other.damage)
+        theirs = other._asked()
+        for name, part in self._asked().items():
+            part.merge(theirs[name])
 
     def finish(self) -> dict[str, NDArray[np.generic]]:
         """Every array, by the names each accumulator documents."""
@@ -116,5 +124,10 @@ class Statistics:
             **self.coverage.finish(),
             **self.window.finish(),
             **self.change.finish(),
-            **({} if self.damage is None else self.damage.finish()),
+            **{name: array for part in self._asked().values() for name, array in part.finish().items()},
         }
+
+    def _asked(self) -> dict[str, Any]:
+        """What is measured only where it is asked for, by name."""
+        parts = {"damage": self.damage, "codecs": self.codecs, "key_mean": self.key_mean}
+        return {name: part for name, part in parts.items() if part is not None}

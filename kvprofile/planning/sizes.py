@@ -1,0 +1,69 @@
+"""What slots take of a cache, in bytes: the unit is what the stock cache of a 16-bit model takes, 2 bytes an element.
+
+All that the runtime stores is counted, at the length that was calibrated with: codes with their scales, every slot's bias, the
+room in each head's last block, and the newest tokens, which stay as they are. A plan is exact for a 16-bit model; a 32-bit
+model never uses a larger part of its own stock cache.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvprofile.names import NO_CODEC
+from kvprofile.profile.schema import ProtectionFacts
+
+Pair = tuple[str, str]
+"""A codec of keys and one of values."""
+
+NOTHING: Pair = (NO_CODEC, NO_CODEC)
+_ELEMENT = 2  # bytes
+_BLOCK_FACTS = 12  # bytes of a block: whose it is, and how many slots it holds
+
+
+def recent_tokens(protection: ProtectionFacts, tokens: int) -> int:
+    """How many of the newest tokens stay as they are after `tokens`."""
+    return min(tokens, max(protection.recent, math.ceil(protection.recent_share * tokens)))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A head after `tokens` tokens, `head_dim` numbers a key and a value; blocks hold `block` slots."""
+
+    tokens: int
+    head_dim: int
+    block: int
+
+    @property
+    def stock(self) -> int:
+        """Bytes of a token in a 16-bit cache."""
+        return 2 * _ELEMENT * self.head_dim
+
+    def slot(self, pair: Pair) -> float:
+        """What a slot costs, in units of a token in a 16-bit cache."""
+        vectors = sum(_vector(codec, self.head_dim) for codec in pair)
+        return (vectors + (4 if pair == NOTHING else 2) + _BLOCK_FACTS / self.block) / self.stock
+
+    def apart(self, pair: Pair, recent: int) -> float:
+        """What a head takes besides its share of slots: the newest tokens are no slots, and half a block is empty."""
+        return (recent * (1 - self.slot(pair)) + self.block / 2 * self.slot(pair)) / self.tokens
+
+    def head(self, share: float, pair: Pair, recent: int) -> float:
+        """The part of a 16-bit cache that a head takes, to the block."""
+        slots = max(0, round(share * self.tokens) - recent)
+        stored = math.ceil(slots / self.block) * self.block
+        return (stored * self.slot(pair) + recent) / self.tokens
+
+
+def sizes_of(tokens: int, head_dim: int) -> Sizes:
+    """The sizes of heads of a model after so many tokens."""
+    from kvprofile.runtime.blocks import block_size
+
+    return Sizes(tokens, head_dim, block_size(tokens))
+
+
+@lru_cache(maxsize=256)
+def _vector(codec: str, dim: int) -> int:
+    """Bytes of a stored vector."""
+    from kvprofile.codecs.table import CODECS
+
+    return CODECS[codec].nbytes(dim)
