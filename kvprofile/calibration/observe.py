@@ -31,9 +31,6 @@ class _WatchedLayer(CacheLayerMixin):
     context: the keys and values that were kept, `(1, kv_heads, tokens, dim)` each.
     """
 
-    slots = None
-    needs_mass = False
-
     def __init__(self, index: int, is_sliding: bool, observer: "Observer") -> None:
         super().__init__()
         self.index, self.is_sliding, self.observer = index, is_sliding, observer
@@ -56,10 +53,7 @@ class _WatchedLayer(CacheLayerMixin):
     def check(self, call: AttentionCall) -> None:
         pass
 
-    def hidden(self) -> None:
-        return None
-
-    def attend(self, call: AttentionCall) -> Tensor | None:
+    def attend(self, call: AttentionCall) -> tuple[Tensor, None] | None:
         if self.context is None or self.observer.keeps:
             return None
         mask = call.mask.stock() if isinstance(call.mask, MaskRecipe) else call.mask
@@ -69,7 +63,7 @@ class _WatchedLayer(CacheLayerMixin):
         around = Surroundings(
             keys[0], values[0], None if mask is None else mask[0, 0], call.scaling, call.softcap, call.sinks
         )
-        return probe_attention(call.query[0], call.key[0], call.value[0], around)[None]
+        return probe_attention(call.query[0], call.key[0], call.value[0], around)[None], None
 
     def attended(self, call: AttentionCall, output: Tensor, _tail_mass: Tensor | None) -> None:
         self.observer.seen = True

@@ -48,6 +48,11 @@ class Policy:
         return self.rule == "drop" and not self.regression
 
     @property
+    def weighs(self) -> bool:
+        """False if every slot counts as one token in the softmax: its bias is zero."""
+        return self.rule not in ("drop", "spread", "spread-drawn") and self.combination.bias != "none"
+
+    @property
     def has_pivots(self) -> bool:
         """True if sets have a pivot, the member with the largest attention mass."""
         return self.rule in RULES and self.combination.has_pivot

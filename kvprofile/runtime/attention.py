@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprofile.errors import KVProfileError
-from kvprofile.runtime.backends import ragged_attention
-from kvprofile.runtime.blocks import Blocks
+from kvprofile.merging.softmax import Softmax
 from kvprofile.runtime.masks import MaskRecipe
 
 MARK = "kvprofile_layer"
@@ -28,23 +27,17 @@ class UnmarkedKeysError(KVProfileError):
 class AttendedLayer(Protocol):
     """What the attention function needs of a cache layer."""
 
-    slots: Blocks | None
-    needs_mass: bool
-
     def check(self, call: "AttentionCall") -> None:
         """Raise KVProfileError where attending to the layer would silently give wrong numbers."""
 
-    def hidden(self) -> Tensor | None:
-        """Columns of the tail that nobody may see, `(batch, tail)`; None if there are none."""
+    def attend(self, call: "AttentionCall") -> tuple[Tensor, Tensor | None] | None:
+        """Where the layer attends in its own way, the output and the attention the tail received; None: the stock way.
 
-    def attend(self, call: "AttentionCall") -> Tensor | None:
-        """The output `(batch, queries, heads, value_dim)` where the layer attends in its own way; None: the stock way."""
+        The output is `(batch, queries, heads, value_dim)`.
+        """
 
     def attended(self, call: "AttentionCall", output: Tensor, tail_mass: Tensor | None) -> None:
-        """Take note that the layer's attention is done; this is where merging and measuring happen.
-
-        `output` is `(batch, queries, heads, value_dim)`; `tail_mass` the attention the tail received, where known.
-        """
+        """Take note that the layer's attention is done; this is where merging and measuring happen."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,11 @@ class AttentionCall:
     def sinks(self) -> Tensor | None:
         """Logits `(heads,)` that join the softmax and stand for no token, where the model has them (GPT-OSS)."""
         return self.options.get("s_aux")
+
+    @property
+    def softmax(self) -> Softmax:
+        """All three as one."""
+        return Softmax(self.scaling, self.softcap, self.sinks)
 
     def check_gradients(self) -> None:
         """Raise KVProfileError where a gradient is asked for that would miss what the cache holds."""
@@ -136,16 +134,10 @@ def attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         call = AttentionCall(module, query, key, value, attention_mask, options)
         if layer is not None:
             layer.check(call)
-            if layer.slots is not None:
-                output, mass = ragged_attention(
-                    call, layer.slots, padding=layer.hidden(), sinks=call.sinks, mass=layer.needs_mass
-                )
-                layer.attended(call, output, mass)
-                return output, None
             own = layer.attend(call)
             if own is not None:
-                layer.attended(call, own, None)
-                return own, None
+                layer.attended(call, *own)
+                return own[0], None
         elif isinstance(attention_mask, MaskRecipe):
             # Stock attention would see the tail alone, without a word.
             raise UnmarkedKeysError(

@@ -54,14 +54,16 @@ class MergedCache(Cache):
             # Layers are updated in turn: those before this one have seen this forward's tokens, those after have not. The
             # first to be updated must find all of them level, or an earlier forward did not come to its end.
             place = self.merged.index(layer)
-            torn = not place and any(other.seen != layer.seen or other.waiting for other in self.merged)
-            if not self.attachment.active or torn or self.merged[place - 1].unattended or layer.unattended:
+            torn = not place and any(
+                other.get_seq_length() != layer.get_seq_length() or other.turns.waiting for other in self.merged
+            )
+            if not self.attachment.active or torn or self.merged[place - 1].turns.unattended or layer.turns.unattended:
                 raise KVProfileError(
                     "a merged cache was used with a model that is not attached (or was detached, or failed half-way in an "
                     "earlier forward); call merger.attach(model) and start with a new merger.cache()"
                 )
             if not place:
-                self._warn_once(layer.seen + key_states.shape[2])
+                self._warn_once(layer.get_seq_length() + key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _warn_once(self, tokens: int) -> None:
@@ -151,6 +153,10 @@ class MergedCache(Cache):
             else []
             for layer in self.layers
         ]
+
+    def backends(self) -> list[list[str]]:
+        """Which back ends serve the next single token: per layer, one for each shelf; `stock` where there is none."""
+        return [layer.backends() if isinstance(layer, MergedLayer) else ["stock"] for layer in self.layers]
 
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values and every side tensor, slack included."""

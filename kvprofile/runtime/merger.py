@@ -39,17 +39,21 @@ class KVMerger:
         self.last_cache: MergedCache | None = None
 
     @classmethod
-    def from_profile(cls, profile: "str | Path | Profile | dict[str, Any]", *, mode: str | None = None) -> "KVMerger":
+    def from_profile(
+        cls, profile: "str | Path | Profile | dict[str, Any]", *, mode: str | None = None, backend: str | None = None
+    ) -> "KVMerger":
         """Read a profile: a path, a loaded `Profile`, or its JSON values.
 
         `mode` overrides the plan's: `threshold` merges by the calibrated epsilons and slots emerge, `exact` meets every
-        head's share to the slot. Raises KVProfileError or MismatchError where the profile cannot be used.
+        head's share to the slot. `backend` asks for one way to attend to what is stored, by its name in
+        `runtime.backends.table.BACKENDS`; else the first that is able to serves. Raises KVProfileError or MismatchError where
+        the profile cannot be used, UsageError for an unknown name.
         """
         if isinstance(profile, (str, Path)):
             profile = load_profile(profile)
         elif not isinstance(profile, Profile):
             profile = profile_of(profile)
-        return cls(Settings.from_profile(profile, mode))
+        return cls(Settings.from_profile(profile, mode, backend))
 
     def attach(self, model: PreTrainedModel, *, default: bool = False) -> "KVMerger":
         """Switch the model to our attention; without a merged cache it computes what it computed before.

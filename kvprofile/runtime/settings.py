@@ -12,6 +12,7 @@ from kvprofile.errors import MismatchError, UsageError
 from kvprofile.merging.policies import Policy
 from kvprofile.names import MODES
 from kvprofile.profile.schema import LayerPlan, PolicyFacts, Profile
+from kvprofile.runtime.backends.table import check_backend
 
 CHUNK = 32  # tokens that age before they are merged; stored slots exceed the plan by no more, protected tokens aside
 LONGEST_CHUNK = 64  # the same for heads with shares of less than a slot in 32 tokens
@@ -23,13 +24,31 @@ class LayerSetting:
 
     policies: every policy of the layer with the KV heads that follow it. epsilon `(kv_heads,)`: thresholds, inf where
     nothing is merged. share `(kv_heads,)`: fraction of the tokens that keep a slot. exact: meet the share to the slot
-    instead of letting slots emerge from epsilon.
+    instead of letting slots emerge from epsilon. codecs: how each head's keys and values are stored, by name; empty: all as
+    they are. key_mean `(kv_heads, head_dim)` float32: what keys are centred by where a codec centres them. backend: who is to
+    serve the layer, by name; None: whoever is first able to.
     """
 
     policies: tuple[tuple[Policy, tuple[int, ...]], ...]
     epsilon: Tensor
     share: Tensor
     exact: bool
+    codecs: tuple[tuple[str, str], ...] = ()
+    key_mean: Tensor | None = None
+    backend: str | None = None
+
+    @cached_property
+    def shelves(self) -> tuple[tuple[tuple[str, str], tuple[int, ...]], ...]:
+        """Every pair of codecs with the KV heads that are stored by it."""
+        pairs = self.codecs or (("none", "none"),) * len(self.share)
+        heads: dict[tuple[str, str], list[int]] = {}
+        for head, pair in enumerate(pairs):
+            heads.setdefault(pair, []).append(head)
+        return tuple((pair, tuple(found)) for pair, found in heads.items())
+
+    def weighs(self, heads: tuple[int, ...]) -> bool:
+        """True if slots of these heads may have a bias."""
+        return any(policy.weighs and set(heads) & set(own) for policy, own in self.policies)
 
     @cached_property
     def keeps_all(self) -> bool:
@@ -70,11 +89,13 @@ class Settings:
     layers: dict[int, LayerSetting]
 
     @classmethod
-    def from_profile(cls, profile: Profile, mode: str | None = None) -> "Settings":
-        """Take what the runtime needs of a profile. `mode` overrides the plan's own.
+    def from_profile(cls, profile: Profile, mode: str | None = None, backend: str | None = None) -> "Settings":
+        """Take what the runtime needs of a profile. `mode` overrides the plan's own, `backend` asks for one by name.
 
-        Raises UsageError for a mode that the plan cannot be run in, MismatchError for a policy that this program does not have.
+        Raises UsageError for a mode that the plan cannot be run in and for an unknown back end, MismatchError for a policy that
+        this program does not have.
         """
+        check_backend(backend)
         if mode not in (None, *MODES):
             raise UsageError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
         exact = (mode or profile.plan.mode) == "exact"
@@ -85,7 +106,7 @@ class Settings:
             )
         used = {head.policy for layer in profile.plan.layers for head in layer.heads}
         policies = {name: _policy(name, facts) for name, facts in profile.policies.items() if name in used}
-        layers = {layer.layer: _layer(layer, policies, exact) for layer in profile.plan.layers}
+        layers = {layer.layer: _layer(layer, policies, exact, backend) for layer in profile.plan.layers}
         return cls(profile.model.name, profile.model.model_dump(mode="json"), layers)
 
 
@@ -98,11 +119,11 @@ def _policy(name: str, facts: PolicyFacts) -> Policy:
         ) from error
 
 
-def _layer(plan: LayerPlan, policies: dict[str, Policy], exact: bool) -> LayerSetting:
+def _layer(plan: LayerPlan, policies: dict[str, Policy], exact: bool, backend: str | None) -> LayerSetting:
     followers: dict[str, list[int]] = {}
     for index, head in enumerate(plan.heads):
         followers.setdefault(head.policy, []).append(index)
     groups = tuple((policies[name], tuple(indices)) for name, indices in followers.items())
     epsilon = torch.tensor([math.inf if head.epsilon is None else head.epsilon for head in plan.heads])
     share = torch.tensor([head.share for head in plan.heads], dtype=torch.float64)
-    return LayerSetting(groups, epsilon, share, exact)
+    return LayerSetting(groups, epsilon, share, exact, backend=backend)

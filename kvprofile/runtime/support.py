@@ -18,11 +18,9 @@ from transformers.cache_utils import (
 )
 
 from kvprofile.errors import KVProfileError
-from kvprofile.merging.slots import Slots
 from kvprofile.models.offloading import input_device
 from kvprofile.runtime.attention import MARK, AttentionCall, UnmarkedKeysError
-from kvprofile.runtime.backends import ragged_attention
-from kvprofile.runtime.blocks import SMALLEST, empty_blocks
+from kvprofile.runtime.join import ragged_attention
 from kvprofile.runtime.masks import LogicalLength
 
 TOKENS = 8  # enough for attention to differ from a mean, whatever the weights
@@ -32,8 +30,6 @@ TOLERANCE = 0.05  # relative; half precision stays within 0.01, another kind of 
 class _Probe(CacheLayerMixin):
     """Stores nothing; remembers who attended to the keys and values that came by."""
 
-    slots = None
-    needs_mass = False
     is_sliding = False
 
     def __init__(self) -> None:
@@ -54,9 +50,6 @@ class _Probe(CacheLayerMixin):
     def check(self, call: AttentionCall) -> None:
         pass
 
-    def hidden(self) -> None:
-        return None
-
     def attend(self, _call: AttentionCall) -> None:
         return None
 
@@ -66,9 +59,7 @@ class _Probe(CacheLayerMixin):
         if self.stored is None or call.value is not self.stored[1]:
             self.changed = True
             return
-        heads = call.key.shape[0] * call.key.shape[1]
-        nothing = Slots(call.key[0, 0, :0], call.value[0, 0, :0], torch.zeros(0, device=call.key.device), [])
-        ours, _ = ragged_attention(call, empty_blocks(nothing, heads, SMALLEST), sinks=call.sinks, mass=False)
+        ours, _ = ragged_attention(call, [], mass=False)
         error = (ours.float() - output.float()).norm() / output.float().norm().clamp_min(1e-20)
         if torch.isfinite(error):
             self.error = max(self.error, float(error))

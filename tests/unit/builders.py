@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from kvprofile.codecs.rotation import turn_back
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens, newest_queries
 from kvprofile.profile.schema import SCHEMA_VERSION, PolicyFacts, Profile
-from kvprofile.runtime.blocks import Blocks
+from kvprofile.runtime.shelf import Shelf
+from kvprofile.runtime.state import LayerState
 
 WINDOWS = (32, 128)
 GROUP, ASKED = 2, 12  # query heads of a KV head, and queries at hand
@@ -134,13 +137,20 @@ def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="ga
     return Profile.model_validate({**values, **changes})
 
 
-def slots_in(blocks: Blocks) -> Slots:
-    """The slots of a cache layer, without the room between them."""
-    held = [torch.arange(length) for length in blocks.lengths]
-    owners = [(blocks.owner == head).nonzero()[:, 0] for head in range(len(held))]
-    parts = (
-        torch.cat([part[own].flatten(0, 1)[place] for own, place in zip(owners, held, strict=True)])
-        for part in (blocks.keys, blocks.values, blocks.bias)
-    )
-    keys, values, bias = parts
-    return Slots(keys, values, bias, blocks.lengths)
+def slots_in(state: LayerState | None) -> Slots:
+    """The slots of a cache layer, without the room between them, as attention reads them; of any number of shelves."""
+    assert state is not None
+    rows = len(state.rows) * state.kv_heads
+    found = [slots_of_row(shelf, row) for row in range(rows) for shelf in state.shelves if shelf.blocks.lengths[row]]
+    keys, values, bias = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Slots(keys, values, bias, state.merged_lengths())
+
+
+def slots_of_row(shelf: Shelf, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and bias of one row's slots in float32, in the model's own basis."""
+    first, held = int((shelf.blocks.owner < row).sum()), shelf.blocks.lengths[row]
+    part = slice(first, first + int((shelf.blocks.owner == row).sum()))
+    keys, values, bias = (read(part).flatten(0, 1)[:held] for read in (shelf.keys, shelf.values, shelf.bias))
+    keys = turn_back(keys) if shelf.key_codec.rotated else keys
+    values = turn_back(values) if shelf.value_codec.rotated else values
+    return keys if shelf.mean is None else keys + shelf.mean[row % len(shelf.mean)], values, bias

@@ -71,7 +71,7 @@ def _every_budget_is_kept(monkeypatch) -> None:
 
     def checked(layer, call, output, tail_mass) -> None:
         attended(layer, call, output, tail_mass)
-        if not layer.waiting and not layer.record_past:
+        if not layer.turns.waiting and not layer.record_past:
             check_budget(layer)
 
     monkeypatch.setattr(MergedLayer, "attended", checked)

@@ -1,6 +1,7 @@
 """Every back end against one float64 loop over rows, heads and queries."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.merging.slots import Slots
+from kvprofile.runtime import join
 from kvprofile.runtime.attention import AttentionCall
-from kvprofile.runtime.backends import headwise, ragged_attention, suited, varlen
-from kvprofile.runtime.backends.blockwise import blockwise_attention
-from kvprofile.runtime.backends.headwise import headwise_attention
-from kvprofile.runtime.backends.varlen import varlen_attention, widened
-from kvprofile.runtime.blocks import append, empty_blocks
+from kvprofile.runtime.backends import headwise, varlen
+from kvprofile.runtime.backends.contract import Facts, always
+from kvprofile.runtime.backends.table import BACKENDS, able, check_backend, serving
+from kvprofile.runtime.join import ragged_attention
+from kvprofile.runtime.shelf import empty_shelf
 
 SCALING = 0.3
 SIZE = 8  # slots of a block
@@ -22,7 +25,9 @@ SIZE = 8  # slots of a block
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def make_call(*, batch=2, kv_heads=2, group=3, queries=1, tail=9, dtype=torch.float32, device="cpu", **options):
+def make_call(
+    *, batch=2, kv_heads=2, group=3, queries=1, tail=9, dtype=torch.float32, device="cpu", sinks=None, **options
+):
     generator = torch.Generator().manual_seed(1)
 
     def drawn(*shape):
@@ -31,7 +36,8 @@ def make_call(*, batch=2, kv_heads=2, group=3, queries=1, tail=9, dtype=torch.fl
     query = drawn(batch, kv_heads * group, queries, 16)
     # The tail is a slice of a larger store, as in the cache.
     key, value = (drawn(batch, kv_heads, tail + 3, size)[:, :, :tail] for size in (16, 16))
-    return AttentionCall(torch.nn.Identity(), query, key, value, None, {"scaling": SCALING, **options})
+    sinks = None if sinks is None else sinks.to(device)
+    return AttentionCall(torch.nn.Identity(), query, key, value, None, {"scaling": SCALING, "s_aux": sinks, **options})
 
 
 def make_slots(call, lengths):
@@ -45,14 +51,14 @@ def left_padding(call, counts):
     return torch.arange(call.key.shape[2])[None] < torch.tensor(counts)[:, None]
 
 
-def reference(call, slots, padding=None, sinks=None):
+def reference(call, slots, padding=None):
     """Output `(batch, queries, heads, value_dim)` and mass `(batch, kv_heads, tail)`, one query at a time."""
     query, key, value, old_keys, old_values, bias = (
         part.double().cpu().numpy() for part in (call.query, call.key, call.value, slots.keys, slots.values, slots.bias)
     )
     batch, heads, queries, _ = query.shape
     kv_heads, tail = key.shape[1:3]
-    ends = np.cumsum([0, *slots.lengths])
+    ends, sinks = np.cumsum([0, *slots.lengths]), call.sinks
     output, mass = np.zeros((batch, queries, heads, value.shape[-1])), np.zeros((batch, kv_heads, tail))
     for row, head, asked in itertools.product(range(batch), range(heads), range(queries)):
         owner = head // (heads // kv_heads)
@@ -75,11 +81,12 @@ def reference(call, slots, padding=None, sinks=None):
     return output, mass
 
 
-def check(backend, call, slots, padding=None, sinks=None):
-    expected, expected_mass = reference(call, slots, padding, sinks)
-    device = call.key.device
-    padding, sinks = (None if part is None else part.to(device) for part in (padding, sinks))
-    output, mass = backend(call, slots, padding=padding, sinks=sinks, mass=True)
+def check(name, call, slots, padding=None):
+    """The back end of that name, or whoever serves, against the loop."""
+    expected, expected_mass = reference(call, slots, padding)
+    padding = None if padding is None else padding.to(call.key.device)
+    shelves = [shelved(call, slots, name)]
+    output, mass = ragged_attention(call, shelves, padding=padding)
     tolerance = TOLERANCE[call.query.dtype]
     assert output.dtype == call.value.dtype
     assert output.is_contiguous()
@@ -90,7 +97,7 @@ def check(backend, call, slots, padding=None, sinks=None):
         shown, expected = shown[~asking], expected[~asking]
     np.testing.assert_allclose(shown, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     np.testing.assert_allclose(mass.double().cpu().numpy(), expected_mass, rtol=0, atol=tolerance * expected_mass.max())
-    alone, nothing = backend(call, slots, padding=padding, sinks=sinks, mass=False)
+    alone, nothing = ragged_attention(call, shelves, padding=padding, mass=False)
     np.testing.assert_allclose(alone.double().cpu(), output.double().cpu(), rtol=0, atol=2 * tolerance)
     assert nothing is None
 
@@ -98,7 +105,7 @@ def check(backend, call, slots, padding=None, sinks=None):
 def packed_reference(query, held, query_ends, block_ends, lengths, *, scaling):
     """What the CUDA kernel promises, one sequence at a time: nothing to see gives 0 and +inf."""
     output, total = torch.zeros_like(query), torch.full((len(query),), torch.inf)
-    keys, values = held.keys.flatten(0, 1), held.values.flatten(0, 1)
+    keys, values = held.keys[0].flatten(0, 1), held.values[0].flatten(0, 1)
     for sequence, length in enumerate(lengths.tolist()):
         asked = slice(*query_ends[sequence : sequence + 2])
         begin, end = block_ends[sequence : sequence + 2].tolist()
@@ -117,74 +124,68 @@ def _kernel(monkeypatch, request):
         monkeypatch.setattr(varlen, "packed_attention", packed_reference)
 
 
-def in_blocks(slots):
+def facts_of(call):
+    group = call.query.shape[1] // call.key.shape[1]
+    return Facts(call.key.device, call.key.dtype, 16, 16, group, call.softcap is not None)
+
+
+def shelved(call, slots, name=None):
     heads = list(range(len(slots.lengths)))
-    # So small that the few slots of these tests fill several and leave some half empty.
-    return append(empty_blocks(slots, len(heads), SIZE), slots, heads)
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "varlen" and call.key.device.type == "cpu":  # its kernel is replaced by a reference
+            patch.setitem(BACKENDS, name, replace(BACKENDS[name], unable=always))
+        # Blocks so small that the few slots of these tests fill several and leave some half empty.
+        shelf = empty_shelf(slots, facts_of(call), len(heads), SIZE, backend=name, mean=None, weighs=True)
+    shelf.add(slots, heads)
+    return shelf
 
 
-def by_blocks(call, slots, **options):
-    return blockwise_attention(call, in_blocks(slots), **options)
-
-
-def by_heads(call, slots, **options):
-    return headwise_attention(call, in_blocks(slots), **options)
-
-
-def through_kernel(call, slots, **options):
-    return varlen_attention(call, in_blocks(widened(slots)), **options)
-
-
-def as_stored(call, slots, **options):
-    return ragged_attention(call, in_blocks(suited(slots, call)), **options)
-
-
-BACKENDS = {"blockwise": by_blocks, "headwise": by_heads, "varlen": through_kernel}
+NAMES = tuple(BACKENDS)
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_heads_of_different_lengths(name, queries, group, dtype):
     call = make_call(queries=queries, group=group, dtype=dtype)
-    check(BACKENDS[name], call, make_slots(call, [7, 30, 0, 12]))
+    check(name, call, make_slots(call, [7, 30, 0, 12]))
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("queries", [1, 9])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_softcap_sinks_and_padding(name, queries, padded, sinks, softcap):
     if name == "varlen" and softcap is not None:
         pytest.skip("the kernel knows no soft cap, and such layers never get there")
-    call = make_call(queries=queries, batch=3, softcap=softcap)
+    call = make_call(queries=queries, batch=3, softcap=softcap, sinks=SINKS if sinks else None)
     padding = left_padding(call, [0, 4, 8]) if padded else None
-    extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0]) if sinks else None
-    check(BACKENDS[name], call, make_slots(call, [7, 30, 5, 12, 0, 0]), padding, extra)
+    check(name, call, make_slots(call, [7, 30, 5, 12, 0, 0]), padding)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_slots_at_all(name):
     call = make_call(queries=2)
-    check(BACKENDS[name], call, make_slots(call, [0, 0, 0, 0]))
+    check(name, call, make_slots(call, [0, 0, 0, 0]))
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_many_queries_a_few_at_a_time(monkeypatch, softcap):
-    monkeypatch.setattr(headwise, "LOGITS", 0)
-    monkeypatch.setattr(headwise, "LEAST", 6)  # two queries of this call's three heads at a time
-    call = make_call(queries=9, softcap=softcap)
-    extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0])
-    check(by_heads, call, make_slots(call, [7, 30, 0, 12]), left_padding(call, [3, 0]), extra)
+    for module in (join, headwise):
+        monkeypatch.setattr(module, "LOGITS", 0)
+        monkeypatch.setattr(module, "LEAST", 6)  # two queries of this call's three heads at a time
+    call = make_call(queries=9, softcap=softcap, sinks=SINKS)
+    check("headwise", call, make_slots(call, [7, 30, 0, 12]), left_padding(call, [3, 0]))
 
 
 @pytest.mark.parametrize("name", ["blockwise", "headwise"])
 def test_logits_so_large_that_they_would_overflow_unshifted(name):
     call = make_call(queries=3)
     call.query.mul_(80)
-    check(BACKENDS[name], call, make_slots(call, [7, 30, 0, 12]))
+    check(name, call, make_slots(call, [7, 30, 0, 12]))
 
 
 def test_many_queries_keep_few_logits_alive(monkeypatch):
@@ -197,26 +198,58 @@ def test_many_queries_keep_few_logits_alive(monkeypatch):
             largest.append(max(part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor)))
             return made
 
-    monkeypatch.setattr(headwise, "LOGITS", 1 << 12)
+    for module in (join, headwise):
+        monkeypatch.setattr(module, "LOGITS", 1 << 12)
     call = make_call(queries=256, tail=256)
-    slots = in_blocks(make_slots(call, [70, 300, 0, 120]))
+    shelf = shelved(call, make_slots(call, [70, 300, 0, 120]))
     with Sizes():
-        ragged_attention(call, slots)
+        ragged_attention(call, [shelf])
     assert max(largest) <= max(1 << 15, call.query.numel())  # all logits of one head are 427,008
     assert len(largest) < 10_000
 
 
-def test_the_processor_is_served_by_blocks_and_keeps_its_slots_narrow():
+def test_the_first_that_is_able_serves_and_a_call_may_fall_to_the_next():
     call = make_call(queries=2)
-    slots = make_slots(call, [7, 30, 0, 12])
-    assert suited(slots, call) is slots
-    check(as_stored, call, slots)
+    assert able(facts_of(call)) == ["blockwise", "headwise"]
+    assert [serving(["blockwise", "headwise"], queries) for queries in (1, 16, 17)] == [
+        "blockwise",
+        "blockwise",
+        "headwise",
+    ]
+    shelf = shelved(call, make_slots(call, [7, 30, 0, 12]))
+    assert shelf.blocks.keys[0].shape[-1] == 16  # no room for a bias
+    with pytest.raises(KVProfileError, match=r"varlen cannot serve this layer: the kernel is CUDA's; ask for another"):
+        able(facts_of(call), "varlen")
+    with pytest.raises(UsageError, match=r"unknown back end 'flashy'; expected one of varlen, blockwise, headwise$"):
+        check_backend("flashy")
 
 
-def test_wide_slots_go_to_the_kernel():
+@pytest.mark.parametrize("name", ["blockwise", "headwise"])
+def test_slots_made_for_the_kernel_are_read_by_all(name):
     call = make_call(queries=2)
     slots = make_slots(call, [7, 30, 0, 12])
-    check(lambda call, slots, **options: ragged_attention(call, in_blocks(widened(slots)), **options), call, slots)
+    shelf = shelved(call, slots, "varlen")
+    shelf.servers = [name]
+    output, _ = ragged_attention(call, [shelf])
+    np.testing.assert_allclose(output.double(), reference(call, slots)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [None, "blockwise", "headwise"])
+def test_heads_on_shelves_of_their_own(name):
+    """Two heads on one shelf and two on another are what all four are on one."""
+    call = make_call(queries=3, sinks=SINKS)
+    slots = make_slots(call, [7, 30, 5, 12])
+    parts = [part.split(slots.lengths) for part in (slots.keys, slots.values, slots.bias)]
+    shelves = []
+    for rows in ([0, 2], [1, 3]):
+        shelf = empty_shelf(slots, facts_of(call), 4, SIZE, backend=name, mean=None, weighs=True)
+        own = (torch.cat([part[row] for row in rows]) for part in parts)
+        shelf.add(Slots(*own, [slots.lengths[row] for row in rows]), rows)
+        shelves.append(shelf)
+    expected, expected_mass = reference(call, slots)
+    output, mass = ragged_attention(call, shelves)
+    np.testing.assert_allclose(output.double(), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(mass.double(), expected_mass, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -227,10 +260,8 @@ def test_wide_slots_go_to_the_kernel():
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_on_a_gpu(softcap, sinks, padded, queries, dtype):
-    call = make_call(queries=queries, dtype=dtype, device="cuda", softcap=softcap)
+    call = make_call(queries=queries, dtype=dtype, device="cuda", softcap=softcap, sinks=SINKS if sinks else None)
     slots = make_slots(call, [7, 30, 0, 12])
     padding = left_padding(call, [0, 4]) if padded else None
-    extra = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0]) if sinks else None
-    check(as_stored, call, slots, padding, extra)
-    check(by_blocks, call, slots, padding, extra)
-    check(by_heads, call, slots, padding, extra)
+    for name in (None, "blockwise", "headwise"):
+        check(name, call, slots, padding)

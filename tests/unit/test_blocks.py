@@ -5,8 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 
-from kvprofile.merging.slots import Slots
-from kvprofile.runtime.blocks import LARGEST, MASKED, SMALLEST, Blocks, append, block_size, empty_blocks, select_rows
+from kvprofile.runtime.blocks import (
+    LARGEST,
+    MASKED,
+    SMALLEST,
+    Blocks,
+    Stored,
+    append,
+    block_size,
+    empty_blocks,
+    select_rows,
+)
 from tests.unit.reference import PROPERTY
 
 HEADS, SIZE = 6, 16
@@ -15,23 +24,29 @@ HEADS, SIZE = 6, 16
 def slots_of(heads):
     """Slots of plain lists: `heads[head]` is a list of numbers, one for each slot."""
     flat = torch.tensor([number for head in heads for number in head], dtype=torch.float32)
-    return Slots(torch.stack([flat, -flat], dim=-1), flat[:, None] + 0.5, flat * 2, [len(head) for head in heads])
+    keys = torch.stack([flat, -flat], dim=-1), (flat[:, None] + 100).to(torch.uint8)
+    return Stored(keys, (flat[:, None] + 0.5,), flat * 2, [len(head) for head in heads])
 
 
 def lists_of(blocks: Blocks):
     """The same numbers, found through the blocks' owners alone; all that is no slot is masked."""
-    assert blocks.keys.shape == (len(blocks.owner), SIZE, 2)
-    assert blocks.values.shape == (len(blocks.owner), SIZE, 1)
+    assert [part.shape for part in blocks.keys] == [(len(blocks.owner), SIZE, 2), (len(blocks.owner), SIZE, 1)]
+    assert [part.shape for part in blocks.values] == [(len(blocks.owner), SIZE, 1)]
+    places = torch.arange(SIZE) < blocks.filled[:, None]
+    assert torch.equal(places, blocks.bias != MASKED)
+    assert bool(places[:, 0].all())
     assert blocks.owner.tolist() == sorted(blocks.owner.tolist())
     heads = []
     for head, length in enumerate(blocks.lengths):
         own = blocks.owner == head
         assert int(own.sum()) == -(-length // SIZE)
-        keys, values, bias = (part[own].flatten(0, 1) for part in (blocks.keys, blocks.values, blocks.bias))
+        parts = (*blocks.keys, *blocks.values, blocks.bias)
+        keys, codes, values, bias = (part[own].flatten(0, 1) for part in parts)
         assert bool((bias[length:] == MASKED).all())
         assert bool(keys.isfinite().all() and values.isfinite().all())
         numbers = keys[:length, 0]
         assert torch.equal(keys[:length, 1], -numbers)
+        assert torch.equal(codes[:length, 0], (numbers + 100).to(torch.uint8))
         assert torch.equal(values[:length, 0], numbers + 0.5)
         assert torch.equal(bias[:length], numbers * 2)
         heads.append(numbers.tolist())

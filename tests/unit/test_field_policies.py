@@ -123,7 +123,7 @@ def test_the_cache_holds_what_the_policy_makes_of_the_prompt(name):
         expected = merge_tokens(
             tokens, policy, epsilon=torch.full((2,), 0.2), count=(wanted - recent)[None], heavy=heavy
         )
-        for found, alone in zip(_heads(slots_in(cache.layers[layer].slots)), _heads(expected), strict=False):
+        for found, alone in zip(_heads(slots_in(cache.layers[layer].state)), _heads(expected), strict=False):
             for part, own in zip(found, alone, strict=True):
                 torch.testing.assert_close(part, own, rtol=1e-3, atol=1e-4)
     full = model(text[:, :prompt], use_cache=False).logits.shape
@@ -160,7 +160,7 @@ def test_a_padded_row_is_what_it_is_alone():
     model(text[1:, 40:], past_key_values=alone)
     assert together.slots()[1][1] == alone.slots()[1][0]
     for found, own in zip(
-        _heads(slots_in(together.layers[1].slots))[2:], _heads(slots_in(alone.layers[1].slots)), strict=True
+        _heads(slots_in(together.layers[1].state))[2:], _heads(slots_in(alone.layers[1].state)), strict=True
     ):
         for part, expected in zip(found, own, strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-3, atol=1e-3)

@@ -147,7 +147,7 @@ def test_sets_of_the_largest_size_equal_the_reference(rule, longest):
     merger = KVMerger.from_profile(plan).attach(model)
     cache = merger.cache()
     model(text[:, :240], past_key_values=cache)
-    sizes = slots_in(cache.layers[0].slots).bias.exp().round().long().tolist()
+    sizes = slots_in(cache.layers[0].state).bias.exp().round().long().tolist()
     assert max(sizes) == longest
     assert sum(sizes) == 2 * (240 - 32)
 
@@ -188,7 +188,7 @@ def test_every_query_counts_once_however_the_text_arrives(policy):
         cache = merger.cache()
         read(model, cache, text, cuts)
         # Two query heads share a KV head, and the attention of each of the 48 queries sums to one.
-        assert float(cache.layers[0].mass.sum()) == pytest.approx(2 * 2 * 48, rel=0.01), cuts
+        assert float(cache.layers[0].state.mass.sum()) == pytest.approx(2 * 2 * 48, rel=0.01), cuts
 
 
 @pytest.mark.parametrize(("policy", "share"), [("kvmerger", 0.3), ("kvmerger", 0.2), ("gauss", 0.05)])

@@ -126,7 +126,7 @@ def test_the_first_tokens_of_the_text_are_protected_not_the_padding():
     text, mask = padded([tiny_text(100), tiny_text(80, seed=1)])
     model(text, attention_mask=mask, past_key_values=cache)
     assert cache.slots() == [[[4 + 1 + 32] * 2] * 2] * 2
-    sizes = slots_in(cache.layers[0].slots).bias.exp().round().long().tolist()
+    sizes = slots_in(cache.layers[0].state).bias.exp().round().long().tolist()
     assert sizes == [1, 1, 1, 1, 64] * 2 + [1, 1, 1, 1, 44] * 2
 
 

@@ -43,16 +43,16 @@ def check_output(layer: MergedLayer, call: Any, output: Tensor) -> None:
     """The oldest and newest query of every row get one softmax over the slots of their head and what they see of its tail."""
     query, key, value, found = (part.double().numpy() for part in (call.query, call.key, call.value, output))
     nothing = (key[0, 0, :0], value[0, 0, :0], np.zeros(0))
-    slots = [nothing] * (len(layer.rows) * HEADS)
-    if layer.slots is not None:
-        held = slots_in(layer.slots)
+    slots = [nothing] * (len(layer.state.rows) * HEADS)
+    if layer.state.shelves:
+        held = slots_in(layer.state)
         pieces = (part.double().split(held.lengths) for part in (held.keys, held.values, held.bias))
         slots = [tuple(part.numpy() for part in parts) for parts in zip(*pieces, strict=True)]
     asked = query.shape[2]
-    for place, row in enumerate(layer.rows):
-        oldest = layer.tail - (layer.seen - row.padding - row.merged)
+    for place, row in enumerate(layer.state.rows):
+        oldest = layer.state.tail.tokens - (layer.state.seen - row.padding - row.merged)
         for number in {0, asked - 1}:
-            newest = layer.tail - asked + number
+            newest = layer.state.tail.tokens - asked + number
             if newest < oldest:
                 continue  # a query that is padding
             for one in range(HEADS):
@@ -60,7 +60,7 @@ def check_output(layer: MergedLayer, call: Any, output: Tensor) -> None:
                 keys = np.concatenate([keys, key[place, one, oldest : newest + 1]])
                 values = np.concatenate([values, value[place, one, oldest : newest + 1]])
                 own = slice(one * GROUP, (one + 1) * GROUP)
-                logits = query[place, own, number] @ keys.T * call.scaling
+                logits = query[place, own, number] @ keys.T * call.softmax.scaling
                 logits[:, : len(bias)] += bias
                 weights = np.exp(logits - logits.max(-1, keepdims=True))
                 wanted = weights @ values / weights.sum(-1, keepdims=True)
@@ -125,7 +125,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def crop(self, share: float) -> None:
-        removed = int(share * min(self.layer.own(row) for row in self.layer.rows) * 0.9)
+        removed = int(share * min(self.layer.state.own(row) for row in self.layer.state.rows) * 0.9)
         self.cache.crop(-removed)
         self.texts = [text[: len(text) - removed] for text in self.texts]
 
@@ -210,31 +210,31 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.texts:
             return
         layer, seen = self.layer, len(self.texts[0])
-        assert self.cache.get_seq_length() == seen == layer.seen
+        assert self.cache.get_seq_length() == seen == layer.state.seen
         check_budget(layer)
-        assert [row.padding for row in layer.rows] == self.padding or layer.setting.keeps_all
+        assert [row.padding for row in layer.state.rows] == self.padding or layer.setting.keeps_all
         stock = DynamicCache(config=MODEL.config)
         with torch.no_grad():
             MODEL(torch.tensor(self.texts), past_key_values=stock)
         keys, values = stock.layers[0].keys, stock.layers[0].values
-        lengths = layer.slots.lengths if layer.slots is not None else [0] * (len(layer.rows) * HEADS)
-        for place, row in enumerate(layer.rows):
+        lengths = layer.state.merged_lengths()
+        for place, row in enumerate(layer.state.rows):
             own = seen - row.padding - row.merged
             assert own >= min(32, seen - row.padding) - 32 * bool(row.merged)
             for part, held in ((keys, layer.keys), (values, layer.values)):
                 torch.testing.assert_close(
-                    held[place, :, layer.tail - own : layer.tail], part[place, :, seen - own :], rtol=1e-4, atol=1e-5
+                    held[place, :, held.shape[2] - own :], part[place, :, seen - own :], rtol=1e-4, atol=1e-5
                 )
             stored = lengths[place * HEADS : (place + 1) * HEADS]
             assert self.cache.slots()[0][place] == [own + number for number in stored]
-        if layer.slots is not None:
+        if layer.state.shelves:
             self.counts(lengths)
 
     def counts(self, lengths: list[int]) -> None:
         """No slot stands for tokens that were not there; where nothing was dropped, all of them are stood for."""
-        held = slots_in(self.layer.slots)
+        held = slots_in(self.layer.state)
         for place, biases in enumerate(held.bias.split(lengths)):
-            policy, row = self.policies[place % HEADS], self.layer.rows[place // HEADS]
+            policy, row = self.policies[place % HEADS], self.layer.state.rows[place // HEADS]
             if policy.combination.bias != "count" or policy.rule == "drop":
                 continue
             stands_for = float(biases.double().exp().sum())

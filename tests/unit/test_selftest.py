@@ -8,7 +8,7 @@ import torch
 from kvprofile.doctor import environment as doctor_module
 from kvprofile.doctor import selftest
 from kvprofile.doctor.selftest import attention
-from kvprofile.runtime.attention import AttentionCall
+from kvprofile.runtime.backends.contract import Facts
 from kvprofile.runtime.backends.varlen import unsuited
 from tests.unit.conftest import run
 
@@ -90,14 +90,10 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, device, told):
     ],
 )
 def test_the_reason_for_a_back_end_is_told(monkeypatch, changes, reason):
-    class Pretended:
-        device = torch.device(changes.get("device", "cuda"))
-        dtype = changes.get("dtype", torch.float16)
-        shape = (1, 1, 4, changes.get("dim", 128))
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: changes.get("capability", (9, 0)))
-    call = AttentionCall(None, Pretended, Pretended, Pretended, None, {"softcap": changes.get("softcap")})
-    told = unsuited(call)
+    known = {"device": torch.device("cuda"), "dtype": torch.float16, "dim": 128, "softcap": None, **changes}
+    device, dim = torch.device(known["device"]), known["dim"]
+    told = unsuited(Facts(device, known["dtype"], dim, dim, 1, known["softcap"] is not None))
     assert told is None if reason is None else reason in told
 
 

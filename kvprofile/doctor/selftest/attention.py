@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime.attention import AttentionCall
-from kvprofile.runtime.backends import ragged_attention, suited
-from kvprofile.runtime.backends.headwise import FEW
-from kvprofile.runtime.backends.varlen import unsuited
-from kvprofile.runtime.blocks import append, empty_blocks
+from kvprofile.runtime.backends.contract import Facts
+from kvprofile.runtime.backends.table import explained
+from kvprofile.runtime.join import ragged_attention
+from kvprofile.runtime.shelf import empty_shelf
 
 # The largest error against float64 of outputs of about one: rounding of products, sums and the output itself.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -49,17 +49,19 @@ def check_attention(device: torch.device, dtype: torch.dtype, shape: Shape) -> t
     kv_heads, tail, lengths = 3, 11 + shape.queries, [37, 5, 16]
     query = drawn(1, kv_heads * shape.group, shape.queries, shape.dim)
     key, value = (drawn(1, kv_heads, tail, shape.dim) for _ in range(2))
-    call = AttentionCall(None, query, key, value, None, {"scaling": shape.dim**-0.5, "softcap": shape.softcap})
+    sinks = drawn(kv_heads * shape.group).float() if shape.sinks else None
+    options = {"scaling": shape.dim**-0.5, "softcap": shape.softcap, "s_aux": sinks}
+    call = AttentionCall(None, query, key, value, None, options)
     total = sum(lengths)
     bias = (torch.rand(total, generator=generator) * 3).to(device)
     slots = Slots(drawn(total, shape.dim), drawn(total, shape.dim), bias, lengths)
-    sinks = drawn(kv_heads * shape.group).float() if shape.sinks else None
-    stored = suited(slots, call)
-    blocks = append(empty_blocks(stored, kv_heads, 16), stored, list(range(kv_heads)))
-    output, _ = ragged_attention(call, blocks, sinks=sinks, mass=False)
+    facts = Facts(device, dtype, shape.dim, shape.dim, shape.group, shape.softcap is not None)
+    shelf = empty_shelf(slots, facts, kv_heads, 16, backend=None, mean=None, weighs=True)
+    shelf.add(slots, list(range(kv_heads)))
+    output, _ = ragged_attention(call, [shelf], mass=False)
     expected = _reference(call, slots, sinks)
     error = float((output.double().cpu() - expected).abs().max())
-    return f"{backend(call)}, error {error:.1e}", error <= TOLERANCE[dtype]
+    return f"{explained(facts, shape.group * shape.queries)}, error {error:.1e}", error <= TOLERANCE[dtype]
 
 
 def _reference(call: AttentionCall, slots: Slots, sinks: Tensor | None) -> Tensor:
@@ -85,12 +87,3 @@ def _reference(call: AttentionCall, slots: Slots, sinks: Tensor | None) -> Tenso
             weights = torch.softmax(logits, 0)[: len(old_bias) + seen]
             output[0, asked, head] = weights @ torch.cat([old_values, value[0, owner, :seen]])
     return output
-
-
-def backend(call: AttentionCall) -> str:
-    """Which back end serves a layer, and why."""
-    reason = unsuited(call)
-    if reason is None:
-        return "CUDA's variable-length kernel"
-    asked = call.query.shape[1] // call.key.shape[1] * call.query.shape[2]
-    return f"products {'over blocks' if asked <= FEW else 'head by head'} ({reason})"

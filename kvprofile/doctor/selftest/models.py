@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from kvprofile.doctor.selftest.attention import TOLERANCE, backend
+from kvprofile.doctor.selftest.attention import TOLERANCE
 from kvprofile.errors import KVProfileError
 from kvprofile.models.load import LoadedModel
-from kvprofile.runtime.attention import AttentionCall
-from kvprofile.runtime.blocks import Blocks
+from kvprofile.runtime.backends.table import explained
+from kvprofile.runtime.layer import MergedLayer
 
 CONTEXT = 256  # tokens of a sample: enough that half of them can go
 NEW_TOKENS = 40  # enough that some of them age and are compressed too
@@ -72,16 +72,16 @@ def check_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[st
         raise KVProfileError("nothing was merged")
     error = float((ours.float() - stock.float()).abs().max() / stock.float().abs().max())
     told = f"the prompt's logits are within {error:.1e} of the stock cache's"
-    return told, error <= TOLERANCE[dtype], _backends(name, cache, getattr(config, "attn_logit_softcapping", None))
+    return told, error <= TOLERANCE[dtype], _backends(name, cache)
 
 
-def _backends(name: str, cache: Any, softcap: float | None) -> dict[str, str]:
+def _backends(name: str, cache: Any) -> dict[str, str]:
     """Which back end serves a step of every layer, by the layer in words."""
     told = {}
     for index, layer in enumerate(cache.layers):
-        if isinstance(getattr(layer, "slots", None), Blocks):
-            call = AttentionCall(None, layer.keys[:, :, :1], layer.keys, layer.values, None, {"softcap": softcap})
-            told[f"layer {index} of {name}"] = backend(call)
+        if isinstance(layer, MergedLayer) and layer.state is not None and layer.state.shelves:
+            facts = layer.state.shelves[0].facts
+            told[f"layer {index} of {name}"] = explained(facts, facts.group)
         else:
             told[f"layer {index} of {name}"] = "the stock cache and attention (a sliding window)"
     return told

@@ -1,59 +1,51 @@
-"""Any device, a few queries at a time: one product over all blocks of slots, one over all tails, under one softmax per head.
+"""Any device, a few queries at a time: one product over many blocks of slots, each block a piece under its own softmax.
 
 Nothing is padded but a head's last block, and nothing is copied but logits. The queries of a group share one read of their
-head's keys and values. Every query's largest logit is found over blocks and tail first, so all terms are on one scale.
+head's keys and values. Slots that are not float32 are read a bounded number of blocks at a time.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from kvprofile.runtime.backends.tail import hidden_tail, received
-from kvprofile.runtime.blocks import MASKED, Blocks
+from kvprofile.runtime.backends.contract import Asked, Pieces
 
 if TYPE_CHECKING:
-    from kvprofile.runtime.attention import AttentionCall
+    from kvprofile.runtime.shelf import Shelf
+
+FEW = 16  # queries of a head, those of its group together, up to which one product over all blocks is faster
+NUMBERS = 1 << 18  # numbers in float32 alive at a time on a CPU: a megabyte stays in its cache
+NUMBERS_ON_GPU = 1 << 24  # elsewhere, where small products leave the device idle
 
 
-def blockwise_attention(
-    call: "AttentionCall", blocks: Blocks, *, padding: Tensor | None, sinks: Tensor | None, mass: bool
-) -> tuple[Tensor, Tensor | None]:
-    """See `ragged_attention`. Half-precision inputs are multiplied in float32."""
-    batch, heads, queries, head_dim = call.query.shape
-    kv_heads, tail = call.key.shape[1], call.key.shape[2]
-    rows, group = batch * kv_heads, heads // kv_heads
-    query = (call.query.float() * call.scaling).reshape(rows, group, queries, head_dim)
-    keys, values, bias, owner = blocks.keys.float(), blocks.values.float(), blocks.bias.unsqueeze(1), blocks.owner
-    tail_keys, tail_values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
-    asked = query.flatten(1, 2)
-    recent = torch.bmm(asked, tail_keys.mT)
-    if call.softcap is None:
-        old = torch.baddbmm(bias, asked.index_select(0, owner), keys.mT)
+def blockwise_attention(asked: Asked, shelf: "Shelf") -> Pieces:
+    """See `contract.Backend`. Half-precision inputs are multiplied in float32."""
+    blocks = shelf.blocks
+    number = step = max(1, len(blocks.owner))
+    if not shelf.ready:
+        most = NUMBERS if blocks.owner.device.type == "cpu" else NUMBERS_ON_GPU
+        step = max(1, most // (blocks.size * shelf.facts.head_dim))
+    found = [_pieces(asked, shelf, slice(low, low + step)) for low in range(0, number, step)]
+    if len(found) == 1:
+        return found[0]
+    parts = ([getattr(one, name) for one in found] for name in ("output", "log_sum_exp", "owner"))
+    return Pieces(*(torch.cat(part) for part in parts))
+
+
+def _pieces(asked: Asked, shelf: "Shelf", part: slice) -> Pieces:
+    """A piece of every block of a part of them."""
+    owner = shelf.blocks.owner[part]
+    query = shelf.queries(asked).index_select(0, owner)
+    keys, bias, shift = shelf.keys(part).mT, shelf.bias(part).unsqueeze(1), shelf.shift(asked)
+    if asked.softmax.softcap is None and shift is None:
+        logits = torch.baddbmm(bias, query, keys)
     else:
-        _cap(recent, call.softcap)
-        old = _cap(torch.bmm(asked.index_select(0, owner), keys.mT), call.softcap).add_(bias)
-    hidden = hidden_tail(call, 0, queries, padding)
-    if hidden is not None:
-        recent.view(batch, kv_heads, -1, queries, tail).masked_fill_(hidden[:, None, None], MASKED)
-    # One number per row and query, the last dimension kept.
-    largest_old = old.amax(-1, keepdim=True)
-    largest = recent.amax(-1, keepdim=True)
-    largest.scatter_reduce_(0, owner.view(-1, 1, 1).expand_as(largest_old), largest_old, "amax")
-    if sinks is not None:
-        aside = sinks.float().view(kv_heads, group, 1).expand(batch, -1, -1, queries).reshape(largest.shape)
-        largest = torch.maximum(largest, aside)
-    old.sub_(largest.index_select(0, owner)).exp_()
-    recent.sub_(largest).exp_()
-    total = recent.sum(-1, keepdim=True).index_add_(0, owner, old.sum(-1, keepdim=True))
-    if sinks is not None:
-        total += (aside - largest).exp_()
-    output = torch.bmm(recent, tail_values).index_add_(0, owner, torch.bmm(old, values))
-    output = output.div_(total).view(batch, heads, queries, -1).transpose(1, 2).contiguous().to(call.value.dtype)
-    if not mass:
-        return output, None
-    return output, received(recent.div_(total), call, 0, queries, padding).view(batch, kv_heads, tail)
-
-
-def _cap(logits: Tensor, softcap: float) -> Tensor:
-    return logits.div_(softcap).tanh_().mul_(softcap)
+        logits = torch.bmm(query, keys)
+        if shift is not None:
+            logits.add_(shift.index_select(0, owner))
+        asked.softmax.cap_(logits).add_(bias)
+    largest = logits.amax(-1, keepdim=True)
+    logits.sub_(largest).exp_()
+    total = logits.sum(-1, keepdim=True)
+    output = torch.bmm(logits.div_(total), shelf.values(part))
+    return Pieces(shelf.output(output), largest.add_(total.log_()), owner)
