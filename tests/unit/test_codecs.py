@@ -16,6 +16,7 @@ from kvprofile.codecs.rotation import turn, turn_back
 from kvprofile.codecs.table import CODECS
 from kvprofile.codecs.turbo import levels
 from tests.unit import codec_reference as reference
+from tests.unit.reference import PROPERTY
 
 DIMS = [1, 3, 16, 31, 64, 80, 96]
 INTEGERS = [name for name in CODECS if name.startswith("int")]
@@ -63,6 +64,7 @@ def test_a_constant_vector_is_spread_over_all_elements_alike(dim):
     torch.testing.assert_close(turn(torch.full((dim,), 2.0)).abs(), torch.full((dim,), 2.0))
 
 
+@PROPERTY
 @given(st.sampled_from(BITS), st.integers(1, 70), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_codes_of_every_width_and_length_come_back(bits, dim, rows, random):
     codes = torch.tensor([[random.randrange(2**bits) for _ in range(dim)] for _ in range(rows)], dtype=torch.uint8)
