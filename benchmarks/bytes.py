@@ -1,12 +1,13 @@
 """What a plan does to the model's answers at its bytes, beside everything that keeps all tokens in fewer bits.
 
-    python benchmarks/bytes.py planned-50.json planned-25.json --documents 2 \\
+    python benchmarks/bytes.py profiles/smollm2-135m.json --bytes 0.5 0.25 0.1 --documents 2 \\
         --text essay=essays/ --text book=books/ --text code=longbench:lcc:longbench --text encyclopedia=synthwiki:madlibs1.csv
 
 Contexts are read and stored, and only then do four 48-token passages of them (recall) and the next 256 tokens (continuation)
 follow: KL(full || stored) of the next-token distribution, in nats per token, with 95% bootstrap intervals over documents, kinds
-of text counting alike. Profiles are run by the real runtime cache, each with its own plan; the rivals are the codecs of the
-field over the whole stock cache (`shared/whole_cache.py`, `shared/kvtuner.py`), and need no profile.
+of text counting alike. Profiles are run by the real runtime cache, planned for every part of `--bytes` or, without, with their
+own plan; the rivals are the codecs of the field over the whole stock cache (`shared/whole_cache.py`, `shared/kvtuner.py`), and
+need no profile.
 
 Bytes are over the stock cache's of the same model in 16 bits. A plan's are `nbytes()` of its cache in that model, filled with
 the first document; what rivals keep in 16 bits counts two bytes an element. Finished rows are kept beside the output and used
@@ -74,7 +75,8 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profiles", type=Path, nargs="*", help="each with the plan that is to be run")
+    parser.add_argument("profiles", type=Path, nargs="*", help="whose plans are run")
+    parser.add_argument("--bytes", type=float, nargs="+", help="plan each profile for these; default: its own plan")
     parser.add_argument("--model", help="default: the first profile's, or smollm2-135m")
     parser.add_argument(
         "--text", action="append", default=[], metavar="KIND=SPEC", help="as kvprofile calibrate --data"
@@ -103,7 +105,13 @@ def main() -> None:
         rivals += kvtuner.rivals_of(loaded, arguments.tokens, arguments.samples, kept)
     if arguments.rivals is not None:
         rivals = [rival for rival in rivals if any(word in rival.name for word in arguments.rivals)]
-    plans = {name: profile.model_dump(mode="json") for name, profile in profiles.items()}
+    plans = profiles
+    if arguments.bytes:
+        plans = {
+            f"{name}, {part:.0%}": profile.replan(bytes=part)
+            for name, profile in profiles.items()
+            for part in arguments.bytes
+        }
     ways = [*of_plans(loaded, plans, trials[0][1].context), *map(of_rival, rivals)]
     rows = rows_of(loaded, trials, ways, open_store(arguments.output.with_suffix(".rows.jsonl")))
     summary = summarised(rows, list(plans))

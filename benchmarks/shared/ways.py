@@ -16,10 +16,11 @@ from transformers import DynamicCache
 from kvprofile.digests import code_digest
 from kvprofile.evaluate.fidelity import Trial, distance, fill, read_parts
 from kvprofile.evaluate.filled import Filled
-from kvprofile.evaluate.methods import Method
 from kvprofile.evaluate.rows import Row, Store, digest, identity
 from kvprofile.models.load import LoadedModel
-from kvprofile.runtime.cache import MergedCache, allocated_bytes
+from kvprofile.profile.schema import Profile
+from kvprofile.runtime.cache import allocated_bytes
+from kvprofile.runtime.merger import KVMerger
 from shared import whole_cache
 from shared.whole_cache import Rival
 
@@ -79,8 +80,8 @@ def of_rival(rival: Rival) -> Way:
     return Way(rival.name, {"settings": rival.settings, "code": code, "source": source}, read)
 
 
-def of_plans(loaded: LoadedModel, plans: Mapping[str, dict[str, Any]], context: Tensor) -> list[Way]:
-    """Profiles' JSON values by name, each run by the real runtime cache.
+def of_plans(loaded: LoadedModel, plans: Mapping[str, Profile], context: Tensor) -> list[Way]:
+    """Profiles by name, each run by the real runtime cache.
 
     The bytes are those of the plan's cache in the model's 16-bit twin, filled with `context`.
     """
@@ -89,21 +90,20 @@ def of_plans(loaded: LoadedModel, plans: Mapping[str, dict[str, Any]], context: 
     twin = copy.deepcopy(loaded.model).to(torch.bfloat16)
     stock = allocated_bytes(fill(twin, DynamicCache(config=twin.config), context))
     filled = Filled(twin, context)
+    known = identity(loaded)["code"]
 
-    def way(name: str, values: dict[str, Any]) -> Way:
-        method = Method(name, 0.0, values)
-        with filled.cache(method) as own:
-            assert isinstance(own, MergedCache)
+    def way(name: str, profile: Profile) -> Way:
+        with filled.merged(KVMerger.from_profile(profile)) as own:
             size = own.nbytes() / stock
 
         def read(document: Document) -> tuple[list[Tensor], float]:
-            with document.filled.cache(method) as own:
+            with document.filled.merged(KVMerger.from_profile(profile)) as own:
                 return read_parts(document.model, own, document.parts), size
 
-        about = {"plan": values["plan"], "policies": values["policies"], "arrays": values["statistics"]["arrays"]}
-        return Way(name, {**about, "code": identity(loaded)["code"]}, read)
+        values = profile.model_dump(mode="json")
+        return Way(name, {part: values[part] for part in ("plan", "policies", "statistics")} | {"code": known}, read)
 
-    return [way(name, values) for name, values in plans.items()]
+    return [way(name, profile) for name, profile in plans.items()]
 
 
 def rows_of(loaded: LoadedModel, trials: Sequence[tuple[str, Trial]], ways: Sequence[Way], store: Store) -> list[Row]:

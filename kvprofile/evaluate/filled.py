@@ -36,7 +36,13 @@ class Filled:
         if method.plan is None:
             yield fill(self.model, DynamicCache(config=self.model.config), self.context)
             return
-        merger = KVMerger.from_profile(method.plan).attach(self.model)
+        with self.merged(KVMerger.from_profile(method.plan)) as cache:
+            yield cache
+
+    @contextmanager
+    def merged(self, merger: KVMerger) -> Iterator[MergedCache]:
+        """The same for a merger that is not attached yet."""
+        merger.attach(self.model)
         try:
             cache = merger.cache()
             if self.recorded is None:
