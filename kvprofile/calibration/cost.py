@@ -171,13 +171,18 @@ def _coding(sizes: Sizes, tokens: int, rows: float, codecs: int) -> Work:
     return looked + merge + (looked + of_values + change + stored).times(codecs)
 
 
+def prefill_bytes(sizes: Sizes, tokens: int) -> int:
+    """Bytes alive beside weights and cache while a text is read: of one layer, each goes before the next comes."""
+    return tokens * (3 * sizes.intermediate + 6 * sizes.hidden) * sizes.item
+
+
 def memory(
     sizes: Sizes, tokens: int, probe: int, candidates: Sequence[str], *, check: bool, draws: int = DRAWS
 ) -> dict[str, int]:
     """Bytes alive at once by what they are for; `working` is the largest of what the stages need besides."""
     item, table = sizes.item, 4 * sizes.vocabulary
     cache = 2 * sizes.layers * sizes.kv_heads * sizes.dim * tokens * item
-    stages = {"prefill": tokens * (3 * sizes.intermediate + 6 * sizes.hidden) * item}
+    stages = {"prefill": prefill_bytes(sizes, tokens)}
     if candidates:
         graph = probe * sizes.layers * (8 * sizes.hidden + 4 * sizes.intermediate) * item
         stages["gradients"] = graph + GRADIENT_TABLES * probe * table

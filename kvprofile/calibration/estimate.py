@@ -97,8 +97,8 @@ def estimate(
     target, weight_dtype, _ = choose_placement(device, dtype, device_map, stored_dtype(config))
     if target is None:
         target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _meta_model(config)
-    sizes = _sizes(model, config, weight_dtype.itemsize)
+    model = meta_model(config)
+    sizes = sizes_of(model, config, weight_dtype.itemsize)
     mix = mix or ProbeMix()
     planted = QUESTION_TOKENS * (mix.facts + mix.lookups)
     probe = mix.passages * mix.passage_tokens + mix.continuation_tokens + planted
@@ -128,7 +128,8 @@ def estimate(
     )
 
 
-def _meta_model(config: Any) -> "PreTrainedModel":
+def meta_model(config: Any) -> "PreTrainedModel":
+    """The model of a configuration without any numbers in it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +137,8 @@ def _meta_model(config: Any) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(config)
 
 
-def _sizes(model: "PreTrainedModel", config: Any, item: int) -> Sizes:
+def sizes_of(model: "PreTrainedModel", config: Any, item: int) -> Sizes:
+    """What the model's cost goes by; `item` is the bytes of a weight."""
     facts, text = model_facts(config), config.get_text_config(decoder=True)
     total = sum(parameter.numel() for parameter in model.parameters())
     tables = {id(table.weight): table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings())}

@@ -14,6 +14,7 @@ COMMANDS = (
     "calibrate",
     "merge",
     "plan",
+    "fit",
     "show",
     "report",
     "validate",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvprofile.names import BUDGET_RULES, GRANULARITIES, MODES, OBJECTIVES
+from kvprofile.quantities import parse_count, parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -110,6 +111,29 @@ def check_one_of(budget: float | None, size: float | None) -> None:
 
     if budget is not None and size is not None:
         raise UsageError("--budget is the share of the slots, --bytes that of the bytes; give one of them")
+
+
+class Size(click.ParamType):
+    """Bytes, as people write them."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes; raises UsageError."""
+        return value if isinstance(value, int) else parse_size(value)
+
+
+class Count(click.ParamType):
+    """Tokens, as people write them."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of tokens; raises UsageError."""
+        return value if isinstance(value, int) else parse_count(value)
+
+
+SIZE, COUNT = Size(), Count()
 
 
 def complete_model(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":

@@ -38,5 +38,5 @@ def check_budget(layer: MergedLayer) -> None:
     for row in stored_and_allowed(layer):
         for head, (slots, allowed) in enumerate(row):
             assert slots <= allowed + slack + 1e-6, (
-                f"layer {layer.index}, head {head}: {slots} slots of {layer.state.seen} tokens, at most {allowed + slack:.1f} allowed"
+                f"layer {layer.index}, head {head}: {slots} slots of {layer.state.seen} tokens, at most {allowed + slack:.1f}"
             )

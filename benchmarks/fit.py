@@ -1,0 +1,76 @@
+"""Is the cache as large as `kvprofile fit` says? Its arithmetic beside `nbytes()` of caches that were filled.
+
+`python benchmarks/fit.py` prints a table, and exits 1 where one is off by more than 2%. At budget 1 it is the stock cache.
+The text is random: only its length counts.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvprofile import KVMerger, load_arrays, load_model, load_profile
+from kvprofile.planning.fit import footprint_of
+from kvprofile.planning.plans import replan
+from kvprofile.runtime.cache import allocated_bytes
+
+PROFILES = Path(__file__).parents[1] / "profiles"
+ALLOWED = 0.02
+
+
+@torch.no_grad()
+def measured(model: PreTrainedModel, cache: Cache, tokens: int, batch: int) -> int:
+    """Bytes of a cache that has read `tokens` of every row, and one more."""
+    text = torch.randint(10, 1000, (batch, tokens + 1), generator=torch.Generator().manual_seed(0))
+    for piece in (text[:, :-1], text[:, -1:]):
+        model(piece, past_key_values=cache, logits_to_keep=1)
+    return allocated_bytes(cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.5, 0.25])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    print("| model | budget | tokens | batch | fit says, MiB | nbytes(), MiB | off |\n|---|---|---|---|---|---|---|")
+    for name in arguments.models:
+        loaded, path = load_model(name, dtype="bfloat16"), PROFILES / f"{name}.json"
+        profile = load_profile(path)
+        arrays = load_arrays(profile, path)
+        footprint = footprint_of(loaded.model.config, torch.bfloat16)
+        config = loaded.model.config
+        for budget in arguments.budgets:
+            planned = replan(profile, arrays["damage_mean"], budget, measured=arrays)
+            layers = [planned.plan.layers[layer] for layer in profile.model.full_attention_layers()]
+            shares = np.array([[head.share for head in layer.heads] for layer in layers])
+            merger = KVMerger.from_profile(planned.model_dump(mode="json")).attach(loaded.model)
+            for tokens, batch in itertools.product(arguments.lengths, arguments.batches):
+                if budget == 1:
+                    said, cache = footprint.stock_bytes(tokens, batch), DynamicCache(config=config)
+                else:
+                    said, cache = footprint.merged_bytes(tokens, batch, shares), merger.cache()
+                found = measured(loaded.model, cache, tokens, batch)
+                off = said / found - 1
+                rows.append({"model": name, "budget": budget, "tokens": tokens, "batch": batch, "off": off})
+                sizes = f"{said / 2**20:.2f} | {found / 2**20:.2f} | {off:+.2%}"
+                print(f"| {name} | {budget:g} | {tokens:,} | {batch} | {sizes} |", flush=True)
+            merger.detach()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    worst = max(abs(row["off"]) for row in rows)
+    print(f"at most {worst:.2%} off, {ALLOWED:.0%} allowed")
+    sys.exit(worst > ALLOWED)
+
+
+if __name__ == "__main__":
+    main()
