@@ -73,7 +73,7 @@ def _measured(loaded: LoadedModel, tokens: int, samples: int, kept: Path) -> NDA
         seed=0,
     )
     probes = [make_probe(sample.context, sample.continuation, 7, mix=MIX) for sample in blocks.calibration]
-    known = {**identity(loaded), "code": code_digest("kvprofile.codecs.table")}
+    known = {**identity(loaded), "code": code_digest("kvprofile.codecs.table"), "kvprofile": None}
     done: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     found = np.zeros((len(probes), loaded.model.config.get_text_config().num_hidden_layers, 2, len(BITS)))
     for sample, probe in enumerate(probes):

@@ -111,7 +111,8 @@ def rows_of(loaded: LoadedModel, trials: Sequence[tuple[str, Trial]], ways: Sequ
 
     A row's `budget` is its bytes over the stock cache's, its values are `recall KL`, `continuation KL` and both top-1.
     """
-    known = {name: value for name, value in identity(loaded).items() if name != "code"}
+    # What code decides a number, each way says itself.
+    known = {name: value for name, value in identity(loaded).items() if name not in ("code", "kvprofile")}
     rows = []
     for index, (kind, trial) in enumerate(trials):
         document = Document(loaded, trial)
