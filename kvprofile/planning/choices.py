@@ -99,8 +99,12 @@ class Envelope:
     choices: Sequence[Choice]
 
 
-def lower_envelope(choices: Sequence[Choice], steps: int, cap: float = 1.0) -> Envelope:
-    """The best of the choices at every cost up to `cap`, on a grid of `steps` to 1. Ties go to the earlier choice."""
+def lower_envelope(choices: Sequence[Choice], steps: int, cap: float | None = None) -> Envelope:
+    """The best of the choices at every cost up to `cap`, otherwise up to what all tokens cost at the most.
+
+    On a grid of `steps` to 1 and of what all tokens cost by each choice. Ties go to the earlier choice.
+    """
+    cap = max(choice.all_cost for choice in choices) if cap is None else cap
     lowest = min(choice.least_cost for choice in choices)
     grid = np.arange(1, steps + 1) / steps
     costs = np.unique(np.concatenate([[lowest], grid[(grid > lowest) & (grid < cap)], [cap]]))

@@ -112,6 +112,18 @@ def test_damage_is_that_of_the_slots_and_of_each_codec(amount):
     assert plan.predicted_codec_damage == pytest.approx(sum(head.codec_damage for head in heads_of(plan)), rel=2e-3)
 
 
+def test_a_head_may_keep_all_as_it_is_which_takes_a_little_more_than_the_stock_cache():
+    """A head that hurts far more than others is left alone, and with all of the bytes every head is."""
+    profile, damage = coded_profile(), damage_of() * 1e-2
+    damage[0, :, 1] *= 1e4
+    plan = replan(profile, damage, bytes=0.5, codec="none", rule="damage").plan
+    assert heads_of(plan)[1].share == 1
+    assert plan.predicted_bytes <= 0.5
+    for codec in ("none", "auto"):
+        plan = planned(1.0, codec=codec)
+        assert (plan.predicted_ratio, plan.predicted_bytes, plan.predicted_damage) == (1, 1, 0)
+
+
 def test_no_share_lies_between_the_last_that_was_measured_and_all():
     for amount in np.arange(0.2, 1.0, 0.02):
         for head in heads_of(planned(float(amount))):

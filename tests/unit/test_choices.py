@@ -40,7 +40,7 @@ def problems(draw, least=2, most=3):
         floor = draw(st.sampled_from([0.02, 0.1]))
         choices.append(Choice(Curve(shares, damage[:, index]), floor, whole, slot, apart, all_cost, bridged=False))
     lowest = min(choice.least_cost for choice in choices)
-    return choices, draw(st.floats(lowest, 1.0))
+    return choices, draw(st.floats(lowest, max(choice.all_cost for choice in choices)))
 
 
 @settings(PROPERTY, max_examples=120)
