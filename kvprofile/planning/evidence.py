@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.names import AUTO
-from kvprofile.planning.objectives import damage_curves
+from kvprofile.planning.objectives import codec_curves, damage_curves
 from kvprofile.planning.sizes import Pair
 from kvprofile.profile.schema import ModelFacts, PolicyFacts, ProtectionFacts, Statistics
 
@@ -108,10 +108,7 @@ class Evidence:
 
         Raises UsageError where the arrays are not at hand.
         """
-        found = [(self.measured or {}).get(name) for name in ("key_codec_damage", "value_codec_damage")]
-        if any(array is None for array in found):
-            raise UsageError("the codecs' damage lies in the arrays beside the profile; give them all, as `measured`")
-        return [damage_curves(np.asarray(array), self.statistics, self.objective) for array in found]
+        return codec_curves(self.measured or {}, self.statistics, self.objective)
 
     @cached_property
     def names(self) -> list[str]:

@@ -1,5 +1,7 @@
 """What counts as damage: the kinds of probe an objective adds up, and the curves that come of it."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,19 @@ def damage_curves(damage: NDArray[np.floating], statistics: Statistics, objectiv
             "were measured; choose another, or calibrate anew with --probes, for example --probes facts=4,lookups=8"
         )
     return damage.astype(np.float64) @ np.array([weights.get(kind, 0.0) for kind in kinds])
+
+
+def codec_curves(
+    arrays: Mapping[str, NDArray[np.generic]], statistics: Statistics, objective: str
+) -> list[NDArray[np.float64]]:
+    """What codecs of keys do, and of values: `(layers, policies, kv_heads, shares, codecs)` each, the objective's sum.
+
+    Raises UsageError where the arrays do not hold it.
+    """
+    found = [arrays.get(name) for name in ("key_codec_damage", "value_codec_damage")]
+    if any(array is None for array in found):
+        raise UsageError("the codecs' damage lies in the arrays beside the profile; give them all, as `measured`")
+    return [damage_curves(np.asarray(array), statistics, objective) for array in found]
 
 
 def predict(
