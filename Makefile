@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test check clean
+.PHONY: setup run test check package clean
 
 setup: $(VENV)/ready
 
@@ -25,6 +25,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Wheel and source distribution: built, complete, and tried in an environment of their own.
+package: setup
+	$(BIN)/python -m tests.package
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

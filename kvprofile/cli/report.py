@@ -44,7 +44,7 @@ def report(
 
     if len(profiles) > 2:
         raise UsageError(f"report takes one profile or two, not {len(profiles)}; leave some out")
-    output = output or profiles[0].with_suffix(".html")
+    output = output or profiles[0].with_name(f"{profiles[0].name.removesuffix('.json')}.html")
     check_writable(output, force)
     chosen = _indices("--layers", layers), _indices("--heads", heads)
     subjects = [read_subject(path, layers=chosen[0], heads=chosen[1]) for path in profiles]

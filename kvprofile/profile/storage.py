@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import atomic_write, lies_at, read_bytes
 from kvprofile.profile.measured_arrays import check_arrays
+from kvprofile.profile.places import locate, shipped
 from kvprofile.profile.schema import SCHEMA_VERSION, Arrays, Profile
 
 if TYPE_CHECKING:
@@ -24,14 +25,17 @@ MAX_ARRAYS = 2**33
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Read and check a profile.
+    """Read and check a profile: a file, or by its name one that comes with kvprofile, such as `smollm2-135m`.
 
     Raises KVProfileError with one line where the file cannot be read, MismatchError where it is no valid profile or was
     written by a newer major version.
     """
-    path = Path(path)
+    path = locate(path)
     if not lies_at(path):
-        raise KVProfileError(f"no profile at {path}; make one with `kvprofile calibrate MODEL -o {path}`")
+        raise KVProfileError(
+            f"no profile at {path}; make one with `kvprofile calibrate MODEL -o {path}`, or name one of those that come with "
+            f"kvprofile: {', '.join(shipped())}"
+        )
     try:
         text = read_bytes(path, limit=MAX_PROFILE).decode()
     except (KVProfileError, UnicodeDecodeError) as error:
@@ -122,7 +126,7 @@ def load_arrays(profile: Profile, path: str | Path) -> dict[str, "np.ndarray"]:
     beside = profile.statistics.arrays
     if beside is None:
         raise KVProfileError(f"{path} names no arrays file; calibrate anew to get one")
-    file = Path(path).parent / beside.file
+    file = locate(path).parent / beside.file
     if not lies_at(file):
         raise KVProfileError(f"{file} is missing; it belongs beside {path}: copy it there or calibrate anew")
     data = read_bytes(file, limit=MAX_ARRAYS)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.files import lies_at
 from kvprofile.planning.plans import solver_of, total
+from kvprofile.profile.places import locate
 from kvprofile.profile.schema import Profile
 from kvprofile.profile.storage import load_arrays
 
@@ -60,7 +61,7 @@ def arrays_beside(profile: Profile, path: Path) -> dict[str, NDArray[np.generic]
     Raises KVProfileError where the file is not the one the profile was saved with.
     """
     beside = profile.statistics.arrays
-    return load_arrays(profile, path) if beside is not None and lies_at(path.parent / beside.file) else None
+    return load_arrays(profile, path) if beside is not None and lies_at(locate(path).parent / beside.file) else None
 
 
 def merged_bytes(profile: Profile, budget: float) -> int | None:
