@@ -62,7 +62,20 @@ ODD: list[Any] = [
         10**30,
         10**400,
     ),
-    *("", "x", "x" * 5000, "naïve \u2028 \U0001f600", "\ud800", "nul\0", "../x", "x-foreign", "1", "NaN"),
+    *(
+        "",
+        "x",
+        "x" * 5000,
+        "naïve \u2028 \U0001f600",
+        "\ud800",
+        "nul\0",
+        "../x",
+        "x-foreign",
+        "1",
+        "NaN",
+        "int8",
+        "int4",
+    ),
     *([], {}, [None], [[]], {"": None}, ["full_attention"] * 3, [0.5], float("nan"), float("inf"), -float("inf")),
 ]
 

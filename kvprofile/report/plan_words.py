@@ -14,7 +14,9 @@ def asked(plan: Plan) -> str:
 
 def kept(plan: Plan) -> str:
     """The part of the slots and of the bytes that a plan keeps, and what that is predicted to do."""
-    size = "" if plan.predicted_bytes is None else f" and {percent(plan.predicted_bytes)} of their bytes in 16 bits"
+    size = (
+        "" if plan.predicted_bytes is None else f" and {percent(plan.predicted_bytes)} of their bytes in a 16-bit cache"
+    )
     damage = "" if plan.predicted_damage is None else f", at a predicted damage of {number(plan.predicted_damage)} nats"
     bits = f" ({number(plan.predicted_codec_damage)} by codecs)" if plan.predicted_codec_damage else ""
     return f"keeps {percent(plan.predicted_ratio)} of the merged layers' slots{size}{damage}{bits}"

@@ -269,6 +269,9 @@ def test_the_commands_take_bytes(tiny_profile, tmp_path):
     )
     assert float(told[1]) > 60
     assert 39 <= float(told[2]) <= 40
+    assert "bytes 0.4, codec auto" in run("show", path).stdout
+    assert run("report", path, "-o", tmp_path / "small.html").exit_code == 0
+    assert "asked 40.0% of the bytes" in (tmp_path / "small.html").read_text()
     again = run("plan", path, "--codec", "int8", "-o", tmp_path / "eight.json", "--json")
     assert again.exit_code == 0, again.output
     assert '"key_codec": "int8"' in again.stdout

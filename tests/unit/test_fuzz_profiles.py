@@ -112,11 +112,16 @@ def test_both_doors_agree_on_a_mutated_profile(data, place, whole, tiny):
         outcomes["refused its arrays"] += 1
         return
     planned = []
-    told = refusal(lambda: planned.append(replan(profile, arrays[0].get("damage_mean"), budget, measured=arrays[0])))
+    in_bytes = data.draw(st.booleans())
+    amount = {"bytes" if in_bytes else "budget": budget}
+    told = refusal(lambda: planned.append(replan(profile, arrays[0].get("damage_mean"), **amount, measured=arrays[0])))
     outcomes["planned" if told is None else "refused to plan"] += 1
     for one in planned:
         assert all(0 <= head.share <= 1 for layer in one.plan.layers for head in layer.heads)
-        assert math.isclose(one.plan.predicted_ratio, budget, abs_tol=0.1)
+        if in_bytes:
+            assert one.plan.predicted_bytes <= budget + 1e-6
+        else:
+            assert math.isclose(one.plan.predicted_ratio, budget, abs_tol=0.1)
 
 
 @fuzzing(4)
