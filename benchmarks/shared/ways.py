@@ -77,7 +77,7 @@ def of_rival(rival: Rival) -> Way:
         "kvprofile.codecs.table", "kvprofile.evaluate.fidelity", but=("kvprofile.models", "kvprofile.errors")
     )
     source = Path(whole_cache.__file__).read_text(encoding="utf-8")
-    return Way(rival.name, {"settings": rival.settings, "code": code, "source": source}, read)
+    return Way(rival.name, {"name": rival.name, "settings": rival.settings, "code": code, "source": source}, read)
 
 
 def of_plans(loaded: LoadedModel, plans: Mapping[str, Profile], context: Tensor) -> list[Way]:

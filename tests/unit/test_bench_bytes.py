@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvprofile.codecs.table import CODECS
+from kvprofile.evaluate.rows import digest
 from tests.unit.tiny_models import tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -78,6 +79,13 @@ def test_a_rival_keeps_the_first_and_newest_tokens_and_counts_them(whole_cache):
         with torch.inference_mode():
             model(ids[:, :5], past_key_values=held)
         assert held.get_seq_length() == 95
+
+
+def test_no_rival_takes_another_s_finished_rows(whole_cache):
+    from shared.ways import of_rival
+
+    rivals = whole_cache.rivals_of(tiny_model().config)
+    assert len({digest(of_rival(rival).settings) for rival in rivals}) == len(rivals)
 
 
 def test_bits_are_those_of_the_least_damage_that_fits(monkeypatch):
