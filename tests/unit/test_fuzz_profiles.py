@@ -71,6 +71,11 @@ def generate(merger, model):
         merger.detach()
 
 
+def runs(told):
+    """True where the runtime takes a valid profile, or lacks what a profile alone does not bring: foreign names, and means."""
+    return told is None or any(part in told for part in ("cannot be run here", "packs keys", "key_mean is"))
+
+
 def written(path, values):
     try:
         path.write_text(json.dumps(values), encoding="utf-8")
@@ -92,8 +97,7 @@ def test_both_doors_agree_on_a_mutated_profile(data, place, whole, tiny):
     by_file = refusal(lambda: profiles.append(load_profile(path)))
     by_path = refusal(lambda: mergers.append(KVMerger.from_profile(path)))
     by_value = refusal(lambda: mergers.append(KVMerger.from_profile(values)))
-    foreign = by_path is not None and "cannot be run here" in by_path
-    assert (by_file is None) == (by_path is None or foreign) == (by_value is None or foreign), (
+    assert (by_file is None) == runs(by_path) == runs(by_value), (
         by_file,
         by_path,
         by_value,
