@@ -52,7 +52,7 @@ def check_profile(
     if all(head.epsilon is not None or head.share >= 1 for layer in profile.plan.layers for head in layer.heads):
         plans["threshold"] = profile
     mergers = {
-        name: KVMerger.from_profile(plan, mode="threshold" if name == "threshold" else "exact")
+        name: KVMerger.from_profile(plan, mode="threshold" if name == "threshold" else "exact", arrays=arrays)
         for name, plan in plans.items()
     }
     if _same(profile, uniform):

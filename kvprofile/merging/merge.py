@@ -69,12 +69,12 @@ def merge_layer(
 ) -> Slots:
     """Turn the tokens of one layer into slots, every KV head under its own policy.
 
-    `policies` pairs a policy with the KV heads that follow it; `heavy` has one entry per pair; the rest is as in
-    `merge_tokens`.
+    `policies` pairs a policy with the KV heads that follow it; heads that follow none keep every token. `heavy` has one entry
+    per pair; the rest is as in `merge_tokens`.
     """
-    if len(policies) == 1:
-        return merge_tokens(tokens, policies[0][0], epsilon=epsilon, count=count, heavy=heavy[0])
     batch, kv_heads = tokens.keys.shape[:2]
+    if len(policies) == 1 and len(policies[0][1]) == kv_heads:
+        return merge_tokens(tokens, policies[0][0], epsilon=epsilon, count=count, heavy=heavy[0])
     pieces: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     for (policy, heads), protected in zip(policies, heavy, strict=True):
         index = list(heads)
@@ -88,6 +88,10 @@ def merge_layer(
         split = zip(*(part.split(slots.lengths) for part in (slots.keys, slots.values, slots.bias)), strict=True)
         for place, piece in enumerate(split):
             pieces[place // len(heads), heads[place % len(heads)]] = piece
+    nothing = torch.zeros(tokens.keys.shape[2], device=tokens.keys.device)
+    for head in set(range(kv_heads)).difference(*(heads for _, heads in policies)):
+        for row in range(batch):
+            pieces[row, head] = tokens.keys[row, head], tokens.values[row, head], nothing
     ordered = [pieces[row, head] for row in range(batch) for head in range(kv_heads)]
     keys, values, bias = (torch.cat(parts) for parts in zip(*ordered, strict=True))
     return Slots(keys, values, bias, [len(piece[0]) for piece in ordered])

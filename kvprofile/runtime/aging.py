@@ -74,7 +74,7 @@ def _estimated(
 def _recent(state: "LayerState", row: Row) -> int:
     """How many of the row's newest tokens stay in the tail."""
     seen = state.seen - row.padding
-    return max(policy.protection.recent_tokens(seen) for policy, _ in state.setting.policies)
+    return max(protection.recent_tokens(seen) for protection in state.setting.protections)
 
 
 def _aged(state: "LayerState", row: Row) -> int:

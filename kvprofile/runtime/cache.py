@@ -73,7 +73,7 @@ class MergedCache(Cache):
 
     @property
     def merges(self) -> bool:
-        """True if any head of any layer is to be merged."""
+        """True if any head of any layer is to be merged or packed."""
         return not all(layer.setting.keeps_all for layer in self.merged)
 
     def follow(self, ids: Tensor | None, *, new: int | None, positions: Tensor | None, begins: bool) -> None:

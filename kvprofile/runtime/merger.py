@@ -1,9 +1,9 @@
 """The runtime's public face: attach a profile to a model, hand out caches, detach."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -17,6 +17,9 @@ from kvprofile.runtime.default import dismiss, serve
 from kvprofile.runtime.install import check_kind, install, restore
 from kvprofile.runtime.settings import Settings
 from kvprofile.runtime.watch import refuse_compiled
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class KVMerger:
@@ -40,20 +43,26 @@ class KVMerger:
 
     @classmethod
     def from_profile(
-        cls, profile: "str | Path | Profile | dict[str, Any]", *, mode: str | None = None, backend: str | None = None
+        cls,
+        profile: "str | Path | Profile | dict[str, Any]",
+        *,
+        mode: str | None = None,
+        backend: str | None = None,
+        arrays: "Mapping[str, np.ndarray] | None" = None,
     ) -> "KVMerger":
         """Read a profile: a path, a loaded `Profile`, or its JSON values.
 
         `mode` overrides the plan's: `threshold` merges by the calibrated epsilons and slots emerge, `exact` meets every
         head's share to the slot. `backend` asks for one way to attend to what is stored, by its name in
-        `runtime.backends.table.BACKENDS`; else the first that is able to serves. Raises KVProfileError or MismatchError where
-        the profile cannot be used, UsageError for an unknown name.
+        `runtime.backends.table.BACKENDS`; else the first that is able to serves. `arrays` are the profile's, where they do
+        not lie beside it: packed keys are centred by `key_mean` in them. Raises KVProfileError or MismatchError where the
+        profile cannot be used, UsageError for an unknown name.
         """
         if isinstance(profile, (str, Path)):
             profile = load_profile(profile)
         elif not isinstance(profile, Profile):
             profile = profile_of(profile)
-        return cls(Settings.from_profile(profile, mode, backend))
+        return cls(Settings.from_profile(profile, mode, backend, arrays))
 
     def attach(self, model: PreTrainedModel, *, default: bool = False) -> "KVMerger":
         """Switch the model to our attention; without a merged cache it computes what it computed before.

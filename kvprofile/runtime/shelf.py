@@ -10,13 +10,11 @@ from kvprofile.codecs.rotation import turn_back
 from kvprofile.codecs.table import CODECS
 from kvprofile.merging.host import sent
 from kvprofile.merging.slots import Slots
+from kvprofile.profile.measured_arrays import UNCENTRED
 from kvprofile.runtime.backends.contract import Asked, Facts, Pieces
 from kvprofile.runtime.backends.table import BACKENDS, able, serving
 from kvprofile.runtime.backends.varlen import marked
 from kvprofile.runtime.blocks import MASKED, Blocks, Stored, append, empty_blocks, select_rows
-
-# Codecs that store vectors as they are, in some dtype: a mean would change nothing.
-PLAIN = ("none", "bfloat16", "float16")
 
 
 @dataclass
@@ -121,7 +119,7 @@ def empty_shelf(
 
     Raises KVProfileError if the back end that is asked for cannot serve it.
     """
-    mean = None if facts.codecs[0] in PLAIN else mean
+    mean = None if facts.codecs[0] in UNCENTRED else mean
     shelf = Shelf(facts, able(facts, backend), mean, weighs)
     stored = shelf._stored(Slots(like.keys[:0], like.values[:0], like.bias[:0], []), [])
     shelf.blocks = empty_blocks(stored, rows, size)

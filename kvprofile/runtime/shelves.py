@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 from kvprofile.merging.host import sent
 from kvprofile.merging.slots import Slots
-from kvprofile.names import NO_CODEC
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.backends.contract import Facts
 from kvprofile.runtime.blocks import block_size
+from kvprofile.runtime.settings import UNPACKED
 from kvprofile.runtime.shelf import Shelf, empty_shelf
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _empty(state: "LayerState", slots: Slots, call: AttentionCall) -> list[Shelf
             block_size(state.seen),
             backend=setting.backend,
             mean=mean,
-            weighs=codecs == (NO_CODEC, NO_CODEC) or setting.weighs(heads),
+            weighs=codecs == UNPACKED or setting.weighs(heads),
         )
         for codecs, heads in setting.shelves
     ]

@@ -2,6 +2,7 @@
 
 import math
 
+from kvprofile.merging.protect import Protection
 from kvprofile.runtime.layer import MergedLayer
 
 ROUNDING = 2
@@ -16,7 +17,7 @@ def slack_of(layer: MergedLayer) -> int:
 def stored_and_allowed(layer: MergedLayer) -> list[list[tuple[int, float]]]:
     """Slots stored and slots that the share or the protected tokens allow, by row and head (docs/architectures.md)."""
     setting = layer.setting
-    protections = [policy.protection for policy, _ in setting.policies]
+    protections = setting.protections
     of_head = {head: policy.protection for policy, heads in setting.policies for head in heads}
     rows = []
     for row, stored in zip(layer.state.rows, layer.lengths(), strict=True):
@@ -24,7 +25,8 @@ def stored_and_allowed(layer: MergedLayer) -> list[list[tuple[int, float]]]:
         recent = min(seen, max(max(one.recent, math.ceil(one.recent_share * seen)) for one in protections))
         found = []
         for head, slots in enumerate(stored):
-            protected = of_head[head].first + recent + math.ceil(of_head[head].heavy_share * seen)
+            own = of_head.get(head, Protection())
+            protected = own.first + recent + math.ceil(own.heavy_share * seen)
             found.append((slots, min(seen, max(float(setting.share[head]) * seen, protected))))
         rows.append(found)
     return rows

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,30 @@ REPLAYED = (
 )
 
 
-class ReferenceHead:
-    """What one KV head holds: merged slots, and the raw keys, values and masses of its tail."""
+Slot = tuple[Array, Array, float]
 
-    def __init__(self, policy: dict[str, Any], epsilon: float | None, share: float) -> None:
+
+def as_they_are(slots: list[Slot]) -> list[Slot]:
+    return slots
+
+
+class ReferenceHead:
+    """What one KV head holds: merged slots, and the raw keys, values and masses of its tail.
+
+    pack: what becomes of new slots when they are stored.
+    """
+
+    def __init__(
+        self,
+        policy: dict[str, Any],
+        epsilon: float | None,
+        share: float,
+        pack: Callable[[list[Slot]], list[Slot]] = as_they_are,
+    ) -> None:
+        self.pack = pack
         self.policy, self.share = policy, share
         self.epsilon = math.inf if epsilon is None else epsilon
-        self.slots: list[tuple[Array, Array, float]] = []
+        self.slots: list[Slot] = []
         self.tail: list[tuple[Array, Array]] = []
         self.mass: list[float] = []
         self.heavy = 0
@@ -134,7 +152,9 @@ class ReferenceLayer:
                     opened = min(held, math.floor(Fraction(str(one.share)) * self.seen)) + 1
                     slots = max(slots, opened, protected + 1)  # noqa: PLW2901
                 count = slots - held
+            before = len(one.slots)
             merge_head(one, tail - recent, self.seen, newest, count)
+            one.slots[before:] = one.pack(one.slots[before:])
         self.merges += 1
 
 
@@ -265,12 +285,34 @@ def whole_slots(shares: list[float], tokens: int) -> list[int]:
 
 
 def reference_logits(
-    model: PreTrainedModel, profile: dict[str, Any], text: Tensor, cuts: list[int]
+    model: PreTrainedModel,
+    profile: dict[str, Any],
+    text: Tensor,
+    cuts: list[int],
+    *,
+    pack: Callable[..., list[Slot]] | None = None,
+    means: Array | None = None,
 ) -> tuple[Tensor, list[ReferenceLayer]]:
-    """The model's logits for one row with every layer's attention replaced by the reference."""
+    """The model's logits for one row with every layer's attention replaced by the reference.
+
+    `pack` says what becomes of new slots of a head with such a plan and such means `(head_dim,)` of its keys, out of `means`
+    `(layers, kv_heads, head_dim)`.
+    """
+    packs = {
+        (entry["layer"], head): partial(pack, plan=plan, mean=means[entry["layer"], head])
+        for entry in profile["plan"]["layers"]
+        for head, plan in enumerate(entry["heads"])
+        if pack is not None and means is not None
+    }
     plans = {
         entry["layer"]: [
-            ReferenceHead(profile["policies"][one["policy"]], one["epsilon"], one["share"]) for one in entry["heads"]
+            ReferenceHead(
+                profile["policies"][one["policy"]],
+                one["epsilon"],
+                one["share"],
+                packs.get((entry["layer"], head), as_they_are),
+            )
+            for head, one in enumerate(entry["heads"])
         ]
         for entry in profile["plan"]["layers"]
     }

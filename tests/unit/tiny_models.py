@@ -100,9 +100,15 @@ def profile_values(
     return unmeasured_values("tiny", facts, policies, {layer: by_layer[layer] for layer in full}, mode=mode)
 
 
-def head(policy: str = "gauss", *, epsilon: float | None = None, share: float = 1.0) -> dict[str, Any]:
+def head(
+    policy: str = "gauss",
+    *,
+    epsilon: float | None = None,
+    share: float = 1.0,
+    codecs: tuple[str, str] = ("none", "none"),
+) -> dict[str, Any]:
     """One KV head's part of a plan."""
-    return {"policy": policy, "epsilon": epsilon, "share": share}
+    return {"policy": policy, "epsilon": epsilon, "share": share, "key_codec": codecs[0], "value_codec": codecs[1]}
 
 
 def uniform_values(
