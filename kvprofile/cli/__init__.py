@@ -19,6 +19,7 @@ COMMANDS = (
     "report",
     "validate",
     "export",
+    "push",
     "generate",
     "evaluate",
     "models",

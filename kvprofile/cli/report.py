@@ -44,13 +44,19 @@ def report(
 
     if len(profiles) > 2:
         raise UsageError(f"report takes one profile or two, not {len(profiles)}; leave some out")
-    output = output or profiles[0].with_name(f"{profiles[0].name.removesuffix('.json')}.html")
+    output = output or _page_of(profiles[0])
     check_writable(output, force)
     chosen = _indices("--layers", layers), _indices("--heads", heads)
     subjects = [read_subject(path, layers=chosen[0], heads=chosen[1]) for path in profiles]
     written = [] if figures is None else write_figures(subjects, figures, force=force)
     for path in [write_report(subjects, output, force=force), *written]:
         log_of(quiet)(f"Wrote {path}")
+
+
+def _page_of(profile: Path) -> Path:
+    """Beside a file; of a profile that comes by its name or from the hub, here."""
+    folder = profile.parent if profile.exists() else Path()
+    return folder / f"{profile.name.removesuffix('.json')}.html"
 
 
 def _indices(flag: str, text: str | None) -> list[int] | None:

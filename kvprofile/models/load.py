@@ -83,7 +83,7 @@ def _found_config(source: Source, log: Callable[[str], None]) -> PretrainedConfi
     from transformers import AutoConfig
 
     location, options, _ = _locate(source, log)
-    with _explained(source):
+    with explained(source):
         return AutoConfig.from_pretrained(location, **options)
 
 
@@ -119,7 +119,7 @@ def load_model(
     if source.kind == "folder":
         _require_weights(Path(source.location), allow_pickle)
     location, options, found_revision = _locate(source, log)
-    with _explained(source), _without_weight_bars():
+    with explained(source), _without_weight_bars():
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         if dtype == "auto":
             stored = stored_dtype(AutoConfig.from_pretrained(location, **options))
@@ -223,12 +223,12 @@ def _locate(source: Source, log: Callable[[str], None]) -> tuple[str, dict[str, 
         return source.location, local, None
 
     # Resolved once, so that configuration, tokenizer and weights are of one commit, and that commit can be recorded.
-    with _explained(source):
-        revision = _resolved_revision(source)
+    with explained(source):
+        revision = resolved_revision(source)
     return source.location, {"revision": revision, "trust_remote_code": False}, revision.resolved
 
 
-def _resolved_revision(source: Source) -> Any:
+def resolved_revision(source: Source) -> Any:
     """The commit on the hub, or the cached one where the hub does not answer in time.
 
     A name server or a proxy that stays silent can hold a request far beyond the HTTP library's own limit, so the request is
@@ -305,14 +305,17 @@ def _without_weight_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(source: Source) -> Iterator[None]:
+def explained(source: Source, instead: str = FOLDER_INSTEAD) -> Iterator[None]:
+    """Turn what goes wrong with the source into one line; `instead` is what else would do. Raises KVProfileError."""
     try:
         yield
+    except KVProfileError:
+        raise
     except Exception as error:
-        raise KVProfileError(explain(error, source)) from error
+        raise KVProfileError(explain(error, source, instead)) from error
 
 
-def explain(error: BaseException, source: Source) -> str:
+def explain(error: BaseException, source: Source, instead: str = FOLDER_INSTEAD) -> str:
     """One line on why a model could not be loaded, and what to do.
 
     transformers wraps what really happened in an OSError of several lines, so the chain of causes is searched.
@@ -334,9 +337,9 @@ def explain(error: BaseException, source: Source) -> str:
     repo, label = source.location, source.label
     if happened(errors.GatedRepoError):
         page = f"https://huggingface.co/{repo}"
-        return f"{repo} is gated: accept its licence at {page} and log in with `hf auth login`, {FOLDER_INSTEAD}"
+        return f"{repo} is gated: accept its licence at {page} and log in with `hf auth login`, {instead}"
     if happened(errors.RepositoryNotFoundError):
-        return f"{repo} is not on the hub, or private: check the name, or log in with `hf auth login`, {FOLDER_INSTEAD}"
+        return f"{repo} is not on the hub, or private: check the name, or log in with `hf auth login`, {instead}"
     if happened(errors.RevisionNotFoundError):
         return f"{repo} has no revision {source.revision!r}: expected a branch, tag or commit of its page on the hub"
     # HTTPError is the base class of the HTTP library of huggingface_hub, which changed it from one release to another.
@@ -344,8 +347,8 @@ def explain(error: BaseException, source: Source) -> str:
     if source.kind == "hub" and happened(*network) and not happened(errors.RemoteEntryNotFoundError):
         if constants.is_offline_mode():
             offline = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
-            return f"{repo} is not in the hub cache, and {offline} forbids to fetch it: unset it, {FOLDER_INSTEAD}"
-        return f"the hub cannot be reached for {repo} ({_first_line(chain[-1])}): check the network, {FOLDER_INSTEAD}"
+            return f"{repo} is not in the hub cache, and {offline} forbids to fetch it: unset it, {instead}"
+        return f"the hub cannot be reached for {repo} ({_first_line(chain[-1])}): check the network, {instead}"
     if happened(SafetensorError):
         return f"the safetensors of {label} are damaged or cut short ({_first_line(error)}): fetch them again"
     if "`use_safetensors=True`" in str(error):

@@ -12,6 +12,8 @@ from typing import Literal
 from kvprofile.errors import UsageError
 from kvprofile.models.gguf import GEMMA3_270M, SMOLLM2_135M, WheelModel
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 @dataclass(frozen=True)
 class Alias:
@@ -102,7 +104,7 @@ def _resolve(name: str, revision: str | None) -> Source:
     path = Path(name).expanduser()
     if name and (name.startswith((".", "~")) or path.is_absolute() or name.endswith(".gguf") or path.exists()):
         return _resolve_path(name, path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if HUB_ID.fullmatch(name):
         return Source(name, "hub", name, revision)
     near = ", ".join(difflib.get_close_matches(name.lower(), aliases, n=3))
     raise UsageError(

@@ -1,14 +1,25 @@
-"""Where a profile named by a user lies: a path, or the name of one that comes with kvprofile."""
+"""Where a profile named by a user lies: a path, the name of one that comes with kvprofile, or a place on the hub."""
 
 from importlib import resources
 from pathlib import Path
 
 from kvprofile.files import lies_at
 
+PREFIX = "hub:"
+
 
 def locate(name: str | Path) -> Path:
-    """The path of a profile: `name` itself if something lies there, else that of a shipped profile of this name."""
-    return Path(name) if lies_at(name) else shipped().get(str(name), Path(name))
+    """The path of a profile: `name` itself if something lies there, else of what it names.
+
+    `hub:ORG/NAME` is fetched; raises as `hub.fetched` does.
+    """
+    if lies_at(name):
+        return Path(name)
+    if str(name).startswith(PREFIX):
+        from kvprofile.profile.hub import fetched
+
+        return fetched(str(name))
+    return shipped().get(str(name), Path(name))
 
 
 def shipped() -> dict[str, Path]:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 import pytest
 
 from kvprofile import KVMerger, load_arrays, load_profile
+from kvprofile.cli.report import _page_of
 from kvprofile.errors import KVProfileError
 from kvprofile.models.names import known_models
 from kvprofile.profile.places import locate, shipped
@@ -37,6 +38,13 @@ def test_commands_take_a_name():
     assert run("report", "gemma3-270m").exit_code == 0
     assert sorted(os.listdir()) == ["gemma3-270m.html", "p.json", "p.safetensors"]
     assert load_profile("p.json").plan.budget == 0.3
+
+
+def test_pages_lie_beside_files_and_here_for_names():
+    Path("folder").mkdir()
+    Path("folder", "p.json").touch()
+    names = {"folder/p.json": "folder/p.html", "smollm2-1.7b": "smollm2-1.7b.html", "hub:a/b-1.7b": "b-1.7b.html"}
+    assert {name: str(_page_of(Path(name))) for name in names} == names
 
 
 def test_a_file_of_that_name_wins():
