@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.runtime.blocks import block_size
+from kvprofile.runtime.block_size import block_size
 from kvprofile.runtime.settings import CHUNK
 
 RECENT = 32  # newest tokens that are never merged

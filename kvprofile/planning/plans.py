@@ -103,7 +103,7 @@ class Solver:
             granularity=self.granularity,  # type: ignore[arg-type]
             mode=self.mode,  # type: ignore[arg-type]
             predicted_ratio=ratio,
-            predicted_bytes=round(self._sized.size(found), 6) if self.in_bytes or self.codec != NO_CODEC else None,
+            predicted_bytes=round(self._sized.size(found), 6),
             predicted_damage=total(found),
             predicted_codec_damage=None if found.codec_damage is None else _four_digits(found.codec_damage.sum()),
             damage_bound=None if found.bound is None else _four_digits(found.bound),

@@ -1,8 +1,8 @@
 """What slots take of a cache, in bytes: the unit is what the stock cache of a 16-bit model takes, 2 bytes an element.
 
 All that the runtime stores is counted, at the length that was calibrated with: codes with their scales, every slot's bias, the
-room in each head's last block, and the newest tokens, which stay as they are. A plan is exact for a 16-bit model; a 32-bit
-model never uses a larger part of its own stock cache.
+room in each head's last block, the keys' means, and the newest tokens, which stay as they are. A plan is exact for a 16-bit
+model; a 32-bit model never uses a larger part of its own stock cache.
 """
 
 import math
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvprofile.names import NO_CODEC
+from kvprofile.profile.measured_arrays import UNCENTRED
 from kvprofile.profile.schema import ProtectionFacts
+from kvprofile.runtime.block_size import block_size
 
 Pair = tuple[str, str]
 """A codec of keys and one of values."""
@@ -18,6 +20,7 @@ Pair = tuple[str, str]
 NOTHING: Pair = (NO_CODEC, NO_CODEC)
 _ELEMENT = 2  # bytes
 _BLOCK_FACTS = 12  # bytes of a block: whose it is, and how many slots it holds
+_HEAD_FACTS = 16  # bytes of a head on a shelf: where its slots are
 
 
 def recent_tokens(protection: ProtectionFacts, tokens: int) -> int:
@@ -45,25 +48,31 @@ class Sizes:
 
     def apart(self, pair: Pair, recent: int) -> float:
         """What a head takes besides its share of slots: the newest tokens are no slots, and half a block is empty."""
-        return (recent * (1 - self.slot(pair)) + self.block / 2 * self.slot(pair)) / self.tokens
+        tokens = recent * (1 - self.slot(pair)) + self.block / 2 * self.slot(pair)
+        return (tokens + self._facts(pair, recent)) / self.tokens
 
     def head(self, share: float, pair: Pair, recent: int) -> float:
         """The part of a 16-bit cache that a head takes, to the block."""
         slots = max(0, round(share * self.tokens) - recent)
         stored = math.ceil(slots / self.block) * self.block
-        return (stored * self.slot(pair) + recent) / self.tokens
+        return (stored * self.slot(pair) + recent + self._facts(pair, recent)) / self.tokens
+
+    def _facts(self, pair: Pair, recent: int) -> float:
+        """What is held once a head: the mean of its keys, the attention its newest tokens received, lengths."""
+        mean = 0 if pair[0] in UNCENTRED else 4 * self.head_dim
+        return (mean + 4 * recent + _HEAD_FACTS) / self.stock
 
 
 def sizes_of(tokens: int, head_dim: int) -> Sizes:
     """The sizes of heads of a model after so many tokens."""
-    from kvprofile.runtime.blocks import block_size
-
     return Sizes(tokens, head_dim, block_size(tokens))
 
 
 @lru_cache(maxsize=256)
 def _vector(codec: str, dim: int) -> int:
     """Bytes of a stored vector."""
+    if codec == NO_CODEC:
+        return _ELEMENT * dim  # told without torch
     from kvprofile.codecs.table import CODECS
 
     return CODECS[codec].nbytes(dim)

@@ -9,17 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SMALLEST, LARGEST = 16, 128  # slots of a block
 # What is added to the logits of room without a slot. Finite, so that a query that sees nothing makes no NaN.
 MASKED = -1e30
-
-
-def block_size(tokens: int) -> int:
-    """Slots of a block for a text of so many tokens: large ones are faster to read, and half a block per head is empty.
-
-    A power of two, so that on average the empty room of a head is less than 1% of the tokens.
-    """
-    return 1 << (min(max(tokens // 64, SMALLEST), LARGEST).bit_length() - 1)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from kvprofile.merging.host import sent
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.backends.contract import Facts
-from kvprofile.runtime.blocks import block_size
+from kvprofile.runtime.block_size import block_size
 from kvprofile.runtime.settings import UNPACKED
 from kvprofile.runtime.shelf import Shelf, empty_shelf
 

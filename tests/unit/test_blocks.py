@@ -5,14 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 
+from kvprofile.runtime.block_size import LARGEST, SMALLEST, block_size
 from kvprofile.runtime.blocks import (
-    LARGEST,
     MASKED,
-    SMALLEST,
     Blocks,
     Stored,
     append,
-    block_size,
     empty_blocks,
     select_rows,
 )

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from kvprofile import KVMerger
 from kvprofile.merging.policies import POLICIES
-from kvprofile.runtime.blocks import block_size
+from kvprofile.runtime.block_size import block_size
 from kvprofile.runtime.cache import MergedCache, allocated_bytes
 from kvprofile.runtime.settings import CHUNK
 from tests.unit.merge_reference import REPLAYED, read
