@@ -32,9 +32,12 @@ def evidence(profile: Profile) -> list[str]:
             "checked on held-out text."
         ]
     own = own_check(profile)
+    # What is asked for is a part of a 16-bit cache, what is measured one of the cache at hand.
+    slots, stock = ("", "") if plan.bytes is None else (" of the slots", f" of a cache in {profile.calibration.dtype}")
     lines = [
-        f"Asked to keep {percent(plan.asked)} of the {plan.unit}; held-out text keeps {percent(own.achieved.mean)} "
-        f"(sd {percent(own.achieved.std)}, worst {percent(own.achieved.worst)}), {percent(check.bytes_ratio)} of the bytes.",
+        f"Asked to keep {percent(plan.asked)} of the {plan.unit}; held-out text keeps {percent(own.achieved.mean)}{slots} "
+        f"(sd {percent(own.achieved.std)}, worst {percent(own.achieved.worst)}), {percent(check.bytes_ratio)} of the "
+        f"bytes{stock}.",
         f"Against the full cache, in nats per token: {_kinds(own.fidelity)}.",
     ]
     if own == check.uniform:
