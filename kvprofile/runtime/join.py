@@ -36,13 +36,13 @@ def ragged_attention(
     batch, heads, queries, head_dim = call.query.shape
     kv_heads, tail = call.key.shape[1:3]
     group = heads // kv_heads
-    asked = Asked(call.query.reshape(batch * kv_heads, group * queries, head_dim), call.softmax)
+    asked = Asked(call.query.reshape(batch * kv_heads, group * queries, head_dim), call.softmax, batch)
     stored = _together([shelf.attend(asked) for shelf in shelves])
     keys, values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
     budget = LOGITS if keys.device.type == "cpu" else LOGITS_ON_GPU
     step = max(budget // (batch * heads * tail), LEAST // group, 1)
     if queries <= step:
-        output, given = _joined(call, asked.scaled, stored, keys, values, _hidden(call, 0, queries, padding))
+        output, given = _joined(asked, asked.scaled, stored, keys, values, _hidden(call, 0, queries, padding))
         output = output.view(batch, heads, queries, -1).transpose(1, 2).contiguous().to(call.value.dtype)
         return output, _received(given, call, 0, queries, padding) if mass else None
     whole = call.value.new_empty(batch, queries, heads, values.shape[-1])
@@ -55,7 +55,7 @@ def ragged_attention(
             output, sums = (_part(part, group, low, high) for part in (stored.output, stored.log_sum_exp))
             some = Pieces(output, sums, stored.owner)
         hidden = _hidden(call, low, high, padding)
-        output, given = _joined(call, query, some, keys[:, :seen], values[:, :seen], hidden)
+        output, given = _joined(asked, query, some, keys[:, :seen], values[:, :seen], hidden)
         whole[:, low:high] = output.view(batch, heads, high - low, -1).transpose(1, 2)
         if masses is not None:
             masses[..., :seen] += _received(given, call, low, high, padding)
@@ -77,25 +77,25 @@ def _part(rows: Tensor, group: int, low: int, high: int) -> Tensor:
 
 
 def _joined(  # noqa: PLR0917
-    call: "AttentionCall", query: Tensor, stored: Pieces | None, keys: Tensor, values: Tensor, hidden: Tensor | None
+    asked: Asked, query: Tensor, stored: Pieces | None, keys: Tensor, values: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Queries `(rows, asked, head_dim)` over pieces of slots and the tail; changes what the pieces hold.
 
     Returns the output `(rows, asked, value_dim)` and the weights of the tail `(rows, asked, tail)`.
     """
-    softmax = call.softmax
+    softmax = asked.softmax
     recent = softmax.cap_(torch.bmm(query, keys.mT))
     if hidden is not None:
-        batch, queries = len(call.key), hidden.shape[1]
-        recent.view(batch, -1, queries, keys.shape[1]).masked_fill_(hidden[:, None, :, : keys.shape[1]], MASKED)
+        seen = keys.shape[1]
+        recent.view(asked.batch, -1, hidden.shape[1], seen).masked_fill_(hidden[:, None, :, :seen], MASKED)
     # One number per row and query, the last dimension kept.
     largest = recent.amax(-1, keepdim=True)
     if stored is not None:
         owner, weight = stored.owner, stored.log_sum_exp
         largest.scatter_reduce_(0, owner.view(-1, 1, 1).expand_as(weight), weight, "amax")
     if softmax.sinks is not None:
-        aside = softmax.sinks.float().view(1, call.key.shape[1], -1, 1).expand(len(call.key), -1, -1, -1)
-        aside = aside.expand(-1, -1, -1, query.shape[1] // aside.shape[2]).reshape(largest.shape)
+        aside = softmax.sinks.float().view(1, len(query) // asked.batch, -1, 1)
+        aside = aside.expand(asked.batch, -1, -1, query.shape[1] // aside.shape[2]).reshape(largest.shape)
         largest = torch.maximum(largest, aside)
     recent.sub_(largest).exp_()
     total = recent.sum(-1, keepdim=True)
@@ -130,8 +130,8 @@ def _received(weights: Tensor, call: "AttentionCall", low: int, high: int, paddi
     Padded queries give none. Returns `(batch, kv_heads, tail)`.
     """
     batch, kv_heads, tail = call.key.shape[:3]
-    weights = weights.view(batch, kv_heads, -1, high - low, weights.shape[-1])
-    if padding is not None:
-        offset = tail - call.query.shape[2]
-        weights = weights * ~padding[:, None, None, low + offset : high + offset, None]
-    return weights.sum((2, 3))
+    if padding is None:
+        return weights.sum(1).view(batch, kv_heads, -1)
+    offset = tail - call.query.shape[2]
+    asking = ~padding[:, None, None, low + offset : high + offset, None]
+    return (weights.view(batch, kv_heads, -1, high - low, weights.shape[-1]) * asking).sum((2, 3))

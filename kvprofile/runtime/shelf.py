@@ -67,22 +67,21 @@ class Shelf:
         mean = self.mean.expand(len(asked.query) // kv_heads, -1, -1).reshape(-1, self.mean.shape[1], 1)
         return torch.bmm(asked.scaled, mean)
 
-    def keys(self, part: slice) -> Tensor:
-        """Keys of some blocks, `(blocks, size, head_dim)` float32, turned where the codec turns."""
-        parts, dim = [held[part] for held in self.blocks.keys], self.facts.head_dim
-        return self.key_codec.decode(parts, dim)[..., :dim]
+    def keys(self, part: slice | None = None) -> Tensor:
+        """Keys of some blocks, or of all, `(blocks, size, head_dim)` float32, turned where the codec turns."""
+        return _read(self.key_codec, self.blocks.keys, self.facts.head_dim, part)
 
-    def values(self, part: slice) -> Tensor:
-        """Values of some blocks, `(blocks, size, value_dim)` float32, turned where the codec turns."""
-        parts, dim = [held[part] for held in self.blocks.values], self.facts.value_dim
-        return self.value_codec.decode(parts, dim)[..., :dim]
+    def values(self, part: slice | None = None) -> Tensor:
+        """Values of some blocks, or of all, `(blocks, size, value_dim)` float32, turned where the codec turns."""
+        return _read(self.value_codec, self.blocks.values, self.facts.value_dim, part)
 
-    def bias(self, part: slice) -> Tensor:
-        """What is added to the logits of some blocks, `(blocks, size)` float32; `MASKED` or as good where no slot is."""
-        if self.blocks.bias is not None:
-            return self.blocks.bias[part].float()
-        places = torch.arange(self.blocks.size, device=self.blocks.owner.device)
-        room = places >= self.blocks.filled[part, None]
+    def bias(self, part: slice | None = None) -> Tensor:
+        """What is added to the logits of blocks, `(blocks, size)` float32; `MASKED` or as good where no slot is."""
+        bias, filled = self.blocks.bias, self.blocks.filled
+        if bias is not None:
+            return (bias if part is None else bias[part]).float()
+        places = torch.arange(self.blocks.size, device=filled.device)
+        room = places >= (filled if part is None else filled[part])[:, None]
         return room * MASKED
 
     def output(self, output: Tensor) -> Tensor:
@@ -110,6 +109,12 @@ class Shelf:
         if self.weighs:
             bias = slots.bias if self.facts.codecs == ("none", "none") else slots.bias.half()
         return Stored(self.key_codec.encode(keys), self.value_codec.encode(values), bias, slots.lengths)
+
+
+def _read(codec: Codec, parts: tuple[Tensor, ...], dim: int, part: slice | None) -> Tensor:
+    vectors = codec.decode(parts if part is None else [held[part] for held in parts], dim)
+    # Slots that were made for the kernel have their bias in more dimensions.
+    return vectors if vectors.shape[-1] == dim else vectors[..., :dim]
 
 
 def empty_shelf(

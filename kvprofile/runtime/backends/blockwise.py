@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from kvprofile.runtime.shelf import Shelf
 
 FEW = 16  # queries of a head, those of its group together, up to which one product over all blocks is faster
-NUMBERS = 1 << 18  # numbers in float32 alive at a time on a CPU: a megabyte stays in its cache
+NUMBERS = 1 << 20  # of keys in float32 at a time on a CPU; in smaller pieces a step takes longer
 NUMBERS_ON_GPU = 1 << 24  # elsewhere, where small products leave the device idle
 
 
 def blockwise_attention(asked: Asked, shelf: "Shelf") -> Pieces:
     """See `contract.Backend`. Half-precision inputs are multiplied in float32."""
+    if shelf.ready:
+        return _pieces(asked, shelf, None)
     blocks = shelf.blocks
-    number = step = max(1, len(blocks.owner))
-    if not shelf.ready:
-        most = NUMBERS if blocks.owner.device.type == "cpu" else NUMBERS_ON_GPU
-        step = max(1, most // (blocks.size * shelf.facts.head_dim))
+    most = NUMBERS if blocks.owner.device.type == "cpu" else NUMBERS_ON_GPU
+    number, step = len(blocks.owner), max(1, most // (blocks.size * shelf.facts.head_dim))
+    if number <= step:
+        return _pieces(asked, shelf, None)
     found = [_pieces(asked, shelf, slice(low, low + step)) for low in range(0, number, step)]
-    if len(found) == 1:
-        return found[0]
     parts = ([getattr(one, name) for one in found] for name in ("output", "log_sum_exp", "owner"))
     return Pieces(*(torch.cat(part) for part in parts))
 
 
-def _pieces(asked: Asked, shelf: "Shelf", part: slice) -> Pieces:
-    """A piece of every block of a part of them."""
-    owner = shelf.blocks.owner[part]
+def _pieces(asked: Asked, shelf: "Shelf", part: slice | None) -> Pieces:
+    """A piece of every block, or of a part of them."""
+    owner = shelf.blocks.owner if part is None else shelf.blocks.owner[part]
     query = shelf.queries(asked).index_select(0, owner)
     keys, bias, shift = shelf.keys(part).mT, shelf.bias(part).unsqueeze(1), shelf.shift(asked)
     if asked.softmax.softcap is None and shift is None:

@@ -23,11 +23,12 @@ class Asked:
     """A layer's queries: of every row of the batch and KV head those of its group, one after the other.
 
     query `(rows, asked, head_dim)` in the model's dtype, `rows` = batch * kv_heads and `asked` = group * queries. Every query
-    sees every slot.
+    sees every slot. batch: rows of the batch.
     """
 
     query: Tensor
     softmax: Softmax
+    batch: int
 
     @cached_property
     def scaled(self) -> Tensor:
