@@ -40,7 +40,7 @@ def costs(profile: Profile, arrays: Mapping[str, NDArray[np.generic]] | None) ->
     damage = arrays["damage_mean"].astype(np.float64)
     try:
         planned = solver_of(profile, damage, measured=arrays)
-        even = solver_of(profile, damage, rule="uniform", granularity="head", mode="exact")
+        even = solver_of(profile, damage, measured=arrays, rule="uniform", granularity="head", mode="exact")
     except (MismatchError, UsageError):  # nothing to merge
         return []
     rows = []

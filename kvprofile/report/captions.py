@@ -27,6 +27,17 @@ def slots_caption(profile: Profile) -> str:
     return text
 
 
+def bits_caption(profile: Profile) -> str:
+    """How bits are spread over the heads."""
+    heads = [head for layer in profile.plan.layers for head in layer.heads]
+    counts = Counter((head.key_codec, head.value_codec) for head in heads)
+    frequent = [keys if keys == values else f"{keys}/{values}" for (keys, values), _ in counts.most_common(3)]
+    text = "Bits that a number takes: one figure where keys and values are alike, or keys/values. "
+    if len(counts) == 1:
+        return f"{text}All heads have {frequent[0]}."
+    return f"{text}{len(counts)} pairs of codecs are in use, most often {', '.join(frequent)}."
+
+
 def policies_caption(profile: Profile) -> str:
     """Which policies share the heads."""
     counts = Counter(head.policy for layer in profile.plan.layers for head in layer.heads)
@@ -50,7 +61,8 @@ def damage_caption(profile: Profile, rows: Sequence[Cost]) -> str:
     if smaller and profile.plan.predicted_damage:
         half = min(smaller, key=lambda row: abs(row.budget - own / 2))
         factor = number((half.damage or 0) / profile.plan.predicted_damage)
-        text += f"A budget of {half.budget:g} instead of {own:g} would cost {factor} times the damage. "
+        what = "A budget of" if profile.plan.bytes is None else "Of the bytes"
+        text += f"{what} {half.budget:g} instead of {own:g} would cost {factor} times the damage. "
     if profile.check is not None and profile.plan.predicted_damage is not None:
         found = measured_damage(own_check(profile).fidelity, profile.plan.objective)
         text += (

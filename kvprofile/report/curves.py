@@ -11,6 +11,7 @@ from kvprofile.report.budgets import Cost
 from kvprofile.report.heads import Arrays, common_threshold, seen_layers
 from kvprofile.report.measured import measured_damage, own_check
 from kvprofile.report.numbers import number
+from kvprofile.report.plan_words import asked
 from kvprofile.report.style import ACCENT, INK, MUTED, NARROW, RIVAL, RULE, Plot, drawing, new_plot, part, ramp
 
 
@@ -26,7 +27,7 @@ def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
         axis.plot(budgets, planned, color=ACCENT, linewidth=2, label="this plan's settings, predicted")
         budget, damage = profile.plan.asked, profile.plan.predicted_damage
         if damage:
-            _ring(axis, budget, damage, ACCENT, f"the plan: budget {budget:g}, {number(damage)}")
+            _ring(axis, budget, damage, ACCENT, f"the plan: {asked(profile.plan)}, {number(damage)}")
         if profile.check is not None:
             own, even = own_check(profile), profile.check.uniform
             for check, colour, label in ((even, RIVAL, "uniform, measured"), (own, ACCENT, "the plan, measured")):
@@ -38,7 +39,7 @@ def damage_curve(profile: Profile, rows: Sequence[Cost], width: int) -> Plot:
                     color=colour,
                     label=f"{label} on held-out text",
                 )
-        _budget_axes(axis)
+        _budget_axes(axis, in_slots=profile.plan.bytes is None)
         axis.axvline(budget, color=MUTED, linestyle=":", linewidth=1).set_gid(part("part", "budget-mark"))
         axis.spines["bottom"].set_gid(part("part", "budget-axis"))
         _legend(plot, axis, width)
@@ -64,7 +65,7 @@ def overlaid_damage(subjects: Sequence[tuple[str, Profile, Sequence[Cost]]], wid
                 own = own_check(profile)
                 found = measured_damage(own.fidelity, profile.plan.objective)
                 axis.plot(_place(profile, own), found, "D", markersize=6.5, color=colour, label=f"{name}: measured")
-        _budget_axes(axis)
+        _budget_axes(axis, in_slots=all(profile.plan.bytes is None for _, profile, _ in subjects))
         _legend(plot, axis, width)
     return plot
 
@@ -156,14 +157,14 @@ def _ring(axis: Axes, budget: float, damage: float, colour: str, label: str) -> 
     )
 
 
-def _budget_axes(axis: Axes) -> None:
+def _budget_axes(axis: Axes, *, in_slots: bool) -> None:
     """Damage on a logarithmic scale against the budget from 0 to 1."""
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
     axis.minorticks_off()
     axis.set_xlim(0, 1)
     axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.set_xlabel("budget: slots kept")
+    axis.set_xlabel("budget: slots kept" if in_slots else "bytes kept, of a 16-bit cache")
     axis.set_ylabel("damage, nats per token")
 
 

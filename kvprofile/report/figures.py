@@ -6,11 +6,12 @@ from pathlib import Path
 
 from kvprofile.errors import KVProfileError
 from kvprofile.files import atomic_write
+from kvprofile.names import NO_CODEC
 from kvprofile.profile.schema import Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.curves import damage_curve, distance_curves, ratio_curves
 from kvprofile.report.heads import Arrays, seen_layers
-from kvprofile.report.plan_maps import policies_map, policy_names, slots_map, thresholds_map
+from kvprofile.report.plan_maps import bits_map, policies_map, policy_names, slots_map, thresholds_map
 from kvprofile.report.similarity import similarity_maps, similarity_wall
 from kvprofile.report.style import WIDE, Plot, png, svg
 
@@ -31,6 +32,8 @@ def draw(subject: Subject, width: int, policies: Sequence[str]) -> dict[str, Plo
     profile, arrays = subject.profile, subject.arrays
     plots = {"slots": slots_map(profile, width)}
     heads = [head for layer in profile.plan.layers for head in layer.heads]
+    if {codec for head in heads for codec in (head.key_codec, head.value_codec)} != {NO_CODEC}:
+        plots["bits"] = bits_map(profile, width)
     # One policy that goes by a threshold: its thresholds say more than its name in every cell.
     if len({head.policy for head in heads}) == 1 and any(head.epsilon is not None for head in heads):
         plots["thresholds"] = thresholds_map(profile, width)

@@ -126,6 +126,7 @@ def _side(prefix: str, subject: Subject, policies: Sequence[str], *, alone: bool
         "name": subject.name,
         "model": profile.model.name,
         "budget": profile.plan.asked,
+        "unit": "slots" if profile.plan.bytes is None else "bytes",
         "sliding": sliding_layers(profile),
         "day": profile.created.time[:10],
         "command": profile.created.command,
@@ -175,6 +176,7 @@ def _captions(subject: Subject) -> dict[str, str]:
     text = "Each square compares every token with every earlier one, the oldest at the top left, means over cells and samples."
     return {
         "slots": captions.slots_caption(profile),
+        "bits": captions.bits_caption(profile),
         "policies": captions.policies_caption(profile),
         "thresholds": captions.thresholds_caption(profile),
         "damage": captions.damage_caption(profile, subject.costs),

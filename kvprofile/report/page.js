@@ -81,6 +81,7 @@ function startFacts(data, side, shown) {
     const plan = shown(), damage = plan.damage[row][head];
     const lines = [`Layer ${layer}, head ${head}`, `keeps ${percent(plan.share[row][head])} of the slots`];
     lines.push(`policy ${plan.policy[row][head]}`);
+    if (data.codecs) lines.push(`keys in ${data.codecs[row][head][0]}, values in ${data.codecs[row][head][1]}`);
     if (damage !== null) lines.push(`damage ${number(damage)} nats per token, predicted`);
     if (data.cosine) lines.push(`similarity ${data.cosine[row][head].toFixed(2)}: median cosine of neighbouring keys`);
     return lines;
@@ -110,7 +111,7 @@ function startFacts(data, side, shown) {
     tip.hidden = false;
     place();
   };
-  for (const svg of document.querySelectorAll(["slots", "policies", "thresholds"].map((name) => `#figure-${side}-${name} svg`).join())) {
+  for (const svg of document.querySelectorAll(["slots", "bits", "policies", "thresholds"].map((name) => `#figure-${side}-${name} svg`).join())) {
     const wide = svg.closest(".wide") !== null, first = svg.querySelector(`[data-cell="${data.merged[0]}-0"]`);
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     svg.setAttribute("tabindex", "0");

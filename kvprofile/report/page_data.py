@@ -9,13 +9,13 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from kvprofile.names import AUTO
+from kvprofile.names import AUTO, NO_CODEC
 from kvprofile.planning.allocate import STEPS
 from kvprofile.planning.by_damage import policy_choices
 from kvprofile.planning.choices import lower_envelope
 from kvprofile.planning.evidence import protected_share
 from kvprofile.planning.objectives import OBJECTIVES, damage_curves
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.schema import Plan, Profile
 from kvprofile.report.budgets import BYTES
 from kvprofile.report.figures import Subject
 from kvprofile.report.heads import median_cosine
@@ -43,6 +43,7 @@ def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
             "damage": [[head.damage for head in layer.heads] for layer in plan.layers],
             "total": plan.predicted_damage,
         },
+        "codecs": _codecs(plan),
         "cosine": None if cosine is None else np.round(cosine[profile.attention_layers()], 3).tolist(),
         "policies": [
             {"name": name, "colour": colour, "letter": letter(index)}
@@ -55,6 +56,12 @@ def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
         "missed": missed_by(profile),
         "solver": _solver(subject),
     }
+
+
+def _codecs(plan: Plan) -> list[list[tuple[str, str]]] | None:
+    """Codec of keys and of values of every head; None where no head has one."""
+    pairs = [[(head.key_codec, head.value_codec) for head in layer.heads] for layer in plan.layers]
+    return pairs if any(pair != (NO_CODEC, NO_CODEC) for layer in pairs for pair in layer) else None
 
 
 def sliding_layers(profile: Profile) -> int:

@@ -1,7 +1,8 @@
-"""The plan as maps of layers and heads: slots kept, and the policy or the threshold of every head."""
+"""The plan as maps of layers and heads: slots kept, bits of a number, and the policy or the threshold of every head."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
+from kvprofile.names import NO_CODEC
 from kvprofile.profile.schema import HeadPlan, Profile
 from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot, part
 
@@ -19,6 +21,7 @@ LEFT, TOP, BELOW = 44, 4, 38  # pixels around a map: labels on the left and belo
 BAR = 52  # pixels for a colour bar, its ticks and its label
 LEGEND_ROW = 18
 SCALE = "cividis"  # of the slots' map
+WHOLE = 16  # bits of a number that no codec packs, as most models are served
 # seaborn's palette "colorblind", written down: to import seaborn takes longer than to draw a map.
 COLOURS = (
     "#0173b2",
@@ -80,6 +83,28 @@ def policies_map(profile: Profile, width: int, names: Sequence[str]) -> Plot:
     return plot
 
 
+def bits_map(profile: Profile, width: int) -> Plot:
+    """Bits that a number of a key and of a value takes in every head, in its codec's name: `keys/values`."""
+    mean = _grid(profile, lambda head: (bits_of(head.key_codec) + bits_of(head.value_codec)) / 2)
+    texts: dict[tuple[int, ...], str] = {
+        (layer.layer, index): head_bits(head) for layer in profile.plan.layers for index, head in enumerate(layer.heads)
+    }
+    ends = (2.0, float(WHOLE))
+    return _scale_map(mean, width, "bits of a number, mean of keys and values", SCALE, ends=ends, texts=texts)
+
+
+def head_bits(head: HeadPlan) -> str:
+    """`6/4`: 6 bits a number of a key, 4 of a value; one number where they are alike."""
+    keys, values = bits_of(head.key_codec), bits_of(head.value_codec)
+    return str(keys) if keys == values else f"{keys}/{values}"
+
+
+def bits_of(codec: str) -> int:
+    """The bits in a codec's name; of a foreign name without any, and of no codec, `WHOLE`."""
+    found = None if codec == NO_CODEC else re.search(r"\d+", codec)
+    return WHOLE if found is None else min(int(found[0]), WHOLE)
+
+
 def difference_map(first: Profile, second: Profile, width: int) -> Plot | None:
     """What the second plan's share is above the first's in every head; None where the two have not the same heads."""
     shares = [_grid(profile, lambda head: head.share) for profile in (first, second)]
@@ -87,7 +112,7 @@ def difference_map(first: Profile, second: Profile, width: int) -> Plot | None:
         return None
     change = shares[1] - shares[0]
     most = float(np.nanmax(np.abs(change))) or 1.0
-    return _scale_map(change, width, "share of the second less the first's", "RdBu", (-most, most))
+    return _scale_map(change, width, "share of the second less the first's", "RdBu", ends=(-most, most))
 
 
 def policy_names(profiles: Sequence[Profile]) -> list[str]:
@@ -128,14 +153,21 @@ def _grid(profile: Profile, value: Callable[[HeadPlan], float]) -> NDArray[np.fl
 
 
 def _scale_map(
-    values: NDArray[np.float64], width: int, label: str, scale: str, ends: tuple[float, float] = (0.0, 1.0)
+    values: NDArray[np.float64],
+    width: int,
+    label: str,
+    scale: str,
+    *,
+    ends: tuple[float, float] = (0.0, 1.0),
+    texts: Mapping[tuple[int, ...], str] | None = None,
 ) -> Plot:
+    """A map in the colours of `scale` between `ends`, in each cell its text or else its value where they can be read."""
     low, high = ends
     with drawing():
         plot, axis, cell = _frame(values.shape, width, BAR)
         readable = cell[0] >= 24 and cell[1] >= 11
         for place, value in np.ndenumerate(values):
-            text = _short(value, signed=low < 0) if readable else ""
+            text = "" if not readable else _short(value, signed=low < 0) if texts is None else texts.get(place, "")
             colour = tuple(colormaps[scale](float(np.nan_to_num((value - low) / (high - low)))))
             _cell(axis, place, None if np.isnan(value) else (colour, text), width, size=10)
         height = plot.get_figheight() * 72

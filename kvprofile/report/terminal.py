@@ -51,9 +51,12 @@ def show(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
         f"{plan.mode} mode, policy {plan.policy}, rule {plan.rule}, a share for every {plan.granularity}"
     )
     table = Table(box=None, pad_edge=False)
-    table.add_column("layer", justify="right")
-    table.add_column("slots kept", justify="right")
-    table.add_column("", min_width=BAR, no_wrap=True, style="cyan")
+    table.add_column("layer", justify="right", min_width=5, no_wrap=True)
+    table.add_column("slots kept", justify="right", min_width=10, no_wrap=True)
+    # Codecs' names take the room of the bars.
+    bars = not any(codecs_of(head) for layer in plan.layers for head in layer.heads)
+    if bars:
+        table.add_column("", min_width=BAR, no_wrap=True, style="cyan")
     if few := facts.kv_heads <= FEW_HEADS:
         for head in range(facts.kv_heads):
             table.add_column(f"head {head}", no_wrap=True)
@@ -62,7 +65,8 @@ def show(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
         table.add_column("policies")
     for layer in plan.layers:
         cells = [_head(head, plan.mode) for head in layer.heads] if few else _heads(layer.heads)
-        table.add_row(str(layer.layer), f"{layer.share:.1%}", bar(layer.share), *cells)
+        filled = [bar(layer.share)] if bars else []
+        table.add_row(str(layer.layer), f"{layer.share:.1%}", *filled, *cells)
     console.print(table)
     console.print(f"The plan {kept(plan)}.")
     if stock := facts.layers - len(plan.layers):
