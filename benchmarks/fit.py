@@ -51,8 +51,7 @@ def main() -> None:
         config = loaded.model.config
         for budget in arguments.budgets:
             planned = replan(profile, arrays["damage_mean"], budget, measured=arrays)
-            layers = [planned.plan.layers[layer] for layer in profile.model.full_attention_layers()]
-            shares = np.array([[head.share for head in layer.heads] for layer in layers])
+            shares = np.array([[head.share for head in layer.heads] for layer in planned.plan.layers])
             merger = KVMerger.from_profile(planned.model_dump(mode="json")).attach(loaded.model)
             for tokens, batch in itertools.product(arguments.lengths, arguments.batches):
                 if budget == 1:

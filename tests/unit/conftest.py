@@ -9,9 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvprofile.cli import main
-from kvprofile.runtime.layer import MergedLayer
 from tests.pretend_cuda import PretendCuda
-from tests.unit.budgets import check_budget
 from tests.unit.tiny_models import tiny_model
 
 
@@ -62,16 +60,3 @@ def gpu():
     """Two pretended CUDA devices, and what happened on them."""
     with PretendCuda() as pretended:
         yield pretended
-
-
-@pytest.fixture(autouse=True)
-def _every_budget_is_kept(monkeypatch) -> None:
-    """Whatever a test does, after every forward every row and head of every merged layer keeps its budget."""
-    attended = MergedLayer.attended
-
-    def checked(layer, call, output, tail_mass) -> None:
-        attended(layer, call, output, tail_mass)
-        if not layer.turns.waiting and not layer.record_past:
-            check_budget(layer)
-
-    monkeypatch.setattr(MergedLayer, "attended", checked)

@@ -1,6 +1,6 @@
 """In exact mode every head keeps its budget at every step, whatever the policy, the share and the text.
 
-`conftest.py` checks the bound after every forward of every test; here are the cases that try to break it.
+`tests/conftest.py` checks the bound after every forward of every test; here are the cases that try to break it.
 `python -m tests.unit.test_runtime_budgets` prints what they come to.
 """
 
