@@ -15,8 +15,8 @@ from kvprofile.errors import KVProfileError, MismatchError, UsageError
 from kvprofile.profile.schema import Profile
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
 from kvprofile.report.judgement import judge
-from kvprofile.report.plan_maps import difference_map
-from kvprofile.report.style import WIDE
+from kvprofile.report.plan_maps import bits_map, bits_of, difference_map
+from kvprofile.report.style import WIDE, part
 from kvprofile.report.verdict import evidence
 from tests.unit.builders import build_profile
 from tests.unit.conftest import run
@@ -102,8 +102,8 @@ def test_what_and_when(real):
     created, model = values["created"], values["model"]
     told = [created["command"], created["torch"], created["transformers"], created["kvprofile"], created["time"][:10]]
     told += [model["name"], model["source"], model["architecture"], values["calibration"]["text"], "budget 0.5"]
-    for part in told:
-        assert part in words
+    for word in told:
+        assert word in words
 
 
 def test_the_verdict_tells_what_the_check_measured(real):
@@ -317,3 +317,35 @@ def test_a_profile_that_measured_nothing_is_not_shown():
     for values in (nothing, unmerged):
         with pytest.raises(MismatchError, match="nothing was measured of tiny, so there is nothing to show"):
             make_subject("nothing", Profile.model_validate(values), None)
+
+
+def test_a_plan_for_bytes_shows_bits_and_prices_other_fractions_of_the_bytes(tiny_profile, tmp_path):
+    path, page = tmp_path / "small.json", tmp_path / "small.html"
+    assert run("plan", tiny_profile, "--bytes", "0.6", "-o", path).exit_code == 0
+    assert run("report", path, "-o", page).exit_code == 0
+    found = Page(page.read_text())
+    assert found.sections == SECTIONS
+    assert "figure-0-bits" in found.figures
+    assert found.figures.index("figure-0-slots") < found.figures.index("figure-0-bits")
+    assert "for 60% of the bytes" in found.words[None]
+    assert "--bytes B" in found.words["budgets"]
+    rows = {row[0]: row for row in found.table("of the bytes")[1:]}
+    plan = json.loads(path.read_text())["plan"]
+    assert close(rows["0.6"][1], plan["predicted_damage"])
+    result = run("plan", tiny_profile, "--bytes", "0.8", "-o", tmp_path / "more.json", "--json")
+    assert close(rows["0.8"][1], json.loads(result.stdout)["plan"]["predicted_damage"])
+    # Every head's bits are drawn, as its codecs are named.
+    drawn = {text.get_gid(): text.get_text() for axis in bits_map(load_profile(path), WIDE).axes for text in axis.texts}
+    for layer in plan["layers"]:
+        for index, head in enumerate(layer["heads"]):
+            keys, values = (bits_of(head[name]) for name in ("key_codec", "value_codec"))
+            assert drawn[part("label", f"{layer['layer']}-{index}")] == (
+                f"{keys}" if keys == values else f"{keys}/{values}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits"), [("none", 16), ("int6", 6), ("turbo3", 3), ("fp8-e4m3", 8), ("bfloat16", 16), ("x-mine", 16)]
+)
+def test_bits_are_read_from_a_codec_s_name(codec, bits):
+    assert bits_of(codec) == bits
