@@ -1,6 +1,7 @@
 """What becomes of the tokens that lose their slots: one small function for every rule a policy can name."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +15,22 @@ from kvprofile.merging.spread import spread
 from kvprofile.merging.strain import owners
 from kvprofile.merging.tokens import mean_attention
 
-Join = Callable[[Losses, Combination], Slots]
+
+@dataclass(frozen=True)
+class Join:
+    """What becomes of the tokens that lose their slots, and what that needs.
+
+    slots: the function. mass: it reads the attention mass, whatever the combination. combines: it goes by the policy's
+    combination; otherwise every slot counts as one token.
+    """
+
+    slots: Callable[[Losses, Combination], Slots]
+    mass: bool = False
+    combines: bool = True
+
+    def __call__(self, losses: Losses, combination: Combination) -> Slots:
+        """Make the slots."""
+        return self.slots(losses, combination)
 
 
 def drop(losses: Losses, _combination: Combination) -> Slots:
@@ -38,12 +54,12 @@ def neighbours(losses: Losses, combination: Combination) -> Slots:
 
 # The names a policy and a profile can use. Sets of neighbours differ in how they are found (`sets.RULES`).
 JOINS: dict[str, Join] = {
-    "chain": neighbours,
-    "anchor": neighbours,
-    "complete": neighbours,
-    "drop": drop,
-    "nearest": nearest,
-    "residual": residual,
-    "spread": lambda losses, _combination: spread(losses, drawn=False),
-    "spread-drawn": lambda losses, _combination: spread(losses, drawn=True),
+    "chain": Join(neighbours),
+    "anchor": Join(neighbours),
+    "complete": Join(neighbours),
+    "drop": Join(drop, combines=False),
+    "nearest": Join(nearest),
+    "residual": Join(residual),
+    "spread": Join(lambda losses, _combination: spread(losses, drawn=False), mass=True, combines=False),
+    "spread-drawn": Join(lambda losses, _combination: spread(losses, drawn=True), mass=True, combines=False),
 }

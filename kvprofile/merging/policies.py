@@ -50,7 +50,7 @@ class Policy:
     @property
     def weighs(self) -> bool:
         """False if every slot counts as one token in the softmax: its bias is zero."""
-        return self.rule not in ("drop", "spread", "spread-drawn") and self.combination.bias != "none"
+        return JOINS[self.rule].combines and self.combination.bias != "none"
 
     @property
     def has_pivots(self) -> bool:
@@ -64,8 +64,8 @@ class Policy:
             AFFINITIES[self.affinity].mass
             or self.has_pivots
             or self.protection.heavy_share > 0
-            or self.rule.startswith("spread")
-            or (self.rule != "drop" and self.combination.by_attention)
+            or JOINS[self.rule].mass
+            or (JOINS[self.rule].combines and self.combination.by_attention)
         )
 
     @property
