@@ -23,7 +23,7 @@ def worker(kind: str, model_name: str, samples: int, tokens: int) -> None:
 
     import kvprofile
     from kvprofile.calibration.calibrate import CANDIDATES, measure
-    from kvprofile.merging.sets import RULES
+    from kvprofile.merging.sets import SET_RULES
 
     loaded = kvprofile.load_model(model_name)
     documents = kvprofile.load_documents("builtin")
@@ -42,7 +42,7 @@ def worker(kind: str, model_name: str, samples: int, tokens: int) -> None:
             loaded,
             blocks,
             "gauss",
-            rules=() if kind == "similarity" else RULES,
+            rules=() if kind == "similarity" else SET_RULES,
             candidates=CANDIDATES if kind == "damage" else (),
         )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

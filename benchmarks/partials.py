@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kvprofile.calibration.calibrate import CANDIDATES
-from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.measure.statistics import Measurements
 from kvprofile.calibration.partials import Partial, join
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.runs import Run
@@ -60,7 +60,7 @@ def run_of(layers: int, heads: int, tokens: int, samples: int) -> Run:
     )
 
 
-def fill(statistics: Statistics, seed: int) -> None:
+def fill(statistics: Measurements, seed: int) -> None:
     """One sample: sums of float32 numbers, small counts, and moments in float64."""
     random = np.random.default_rng(seed)
     statistics.ratios.of_kind("prose")

@@ -29,7 +29,7 @@ from kvprofile.files import atomic_write
 from kvprofile.merging.affinity import AFFINITIES, Affinity, cosine
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
-from kvprofile.merging.sets import RULES, find_sets, mergeable_links
+from kvprofile.merging.sets import SET_RULES, find_sets, mergeable_links
 from kvprofile.merging.tokens import Tokens
 from kvprofile.models.load import LoadedModel
 from kvprofile.planning.plans import replan
@@ -159,7 +159,7 @@ def _least_share(policy: Policy, tokens: Tokens) -> NDArray[np.float64]:
     recent = policy.protection.recent_tokens(count)
     part = tokens.oldest(count - recent)
     protected = protected_tokens(policy.protection, part, policy.protection.heavy_tokens(count))[0]
-    free = mergeable_links(protected) if policy.rule in RULES else ~protected
+    free = mergeable_links(protected) if policy.rule in SET_RULES else ~protected
     return (1 - free.sum(-1) / count).double().numpy()
 
 

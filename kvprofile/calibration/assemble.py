@@ -15,19 +15,18 @@ from kvprofile.calibration.measure.codec_damage import SHARES
 from kvprofile.calibration.measure.damage import BUDGETS
 from kvprofile.calibration.measure.persistence import persistence
 from kvprofile.calibration.measure.ratios import THRESHOLDS
-from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.measure.statistics import Measurements
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
 from kvprofile.names import NO_CODEC
 from kvprofile.planning.plans import make_plan
-from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Profile
-from kvprofile.profile.schema import Statistics as StatisticsFacts
+from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Profile, Statistics
 
 
 def make_profile(
     run: Run,
-    statistics: Statistics,
+    statistics: Measurements,
     budget: float | None = None,
     *,
     bytes: float | None = None,
@@ -83,14 +82,14 @@ def make_profile(
     return profile, arrays
 
 
-def _statistics_facts(statistics: Statistics, policy: str, mix: ProbeMix) -> StatisticsFacts:
+def _statistics_facts(statistics: Measurements, policy: str, mix: ProbeMix) -> Statistics:
     """The part of the statistics that goes into the JSON: the ratios under the policy's own rule, and persistence."""
     own = POLICIES[policy].rule
     rule = own if own in ("anchor", "complete") else "chain"
     index = statistics.ratios.rules.index(rule)
     overall = statistics.ratios.overall()
     mean, std = overall.mean[:, index, :-1].round(4), overall.std()[:, index, :-1].round(3)
-    return StatisticsFacts(
+    return Statistics(
         rule=rule,  # type: ignore[arg-type]
         policy=policy,
         thresholds=THRESHOLDS.tolist(),
@@ -112,7 +111,7 @@ def _statistics_facts(statistics: Statistics, policy: str, mix: ProbeMix) -> Sta
     )
 
 
-def _codec_facts(statistics: Statistics) -> dict[str, Any]:
+def _codec_facts(statistics: Measurements) -> dict[str, Any]:
     if statistics.codecs is None:
         return {}
     policies = [name for name, _ in statistics.codecs.policies]

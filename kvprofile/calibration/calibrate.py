@@ -14,7 +14,7 @@ from kvprofile.calibration.assemble import make_profile
 from kvprofile.calibration.gradient_flow import check_gradients
 from kvprofile.calibration.hidden_states import count_layers, counting_layers, watching_hidden
 from kvprofile.calibration.measure.damage import Reading
-from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.measure.statistics import Measurements
 from kvprofile.calibration.observe import observing
 from kvprofile.calibration.partials import Partial, join
 from kvprofile.calibration.planting import plant
@@ -29,7 +29,7 @@ from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
 from kvprofile.merging.policies import POLICIES
 from kvprofile.merging.scores import attention_mass, mass_stride
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.device_memory import explaining_memory
 from kvprofile.models.load import LoadedModel
@@ -225,13 +225,13 @@ def measure(
     samples: Sequence[Sample],
     policy: str,
     *,
-    rules: tuple[str, ...] = RULES,
+    rules: tuple[str, ...] = SET_RULES,
     candidates: Sequence[str] = (),
     codecs: Sequence[str] = (),
     mix: ProbeMix | None = None,
     seed: int = 0,
     track: Track = untracked,
-) -> Statistics:
+) -> Measurements:
     """Read the samples and accumulate the statistics; memory does not grow with their number.
 
     Ratios are measured for `rules` with the protected tokens of `policy`, damage for the `candidates` and the `codecs`.
@@ -285,7 +285,7 @@ def _seed(seed: int, index: int) -> int:
 
 
 def _read(
-    loaded: LoadedModel, sample: Sample, statistics: Statistics, mix: ProbeMix, *, seed: int, track: Track
+    loaded: LoadedModel, sample: Sample, statistics: Measurements, mix: ProbeMix, *, seed: int, track: Track
 ) -> None:
     model, curves = loaded.model, statistics.damage
     merged = facts_of(loaded).full_attention_layers()

@@ -19,7 +19,7 @@ from kvprofile.errors import KVProfileError
 from kvprofile.files import atomic_write
 
 if TYPE_CHECKING:
-    from kvprofile.calibration.measure.statistics import Statistics
+    from kvprofile.calibration.measure.statistics import Measurements
     from kvprofile.calibration.runs import Run
 
 FORMAT = 1
@@ -71,7 +71,7 @@ class Partial:
             found.add(there.index)
         return found
 
-    def save(self, index: int, statistics: "Statistics") -> None:
+    def save(self, index: int, statistics: "Measurements") -> None:
         """Write what one sample's statistics hold, completely or not at all."""
         from safetensors.numpy import save
 
@@ -129,7 +129,7 @@ def read_header(path: Path) -> Header:
         ) from error
 
 
-def join(folders: Sequence[Path]) -> tuple["Run", "Statistics"]:
+def join(folders: Sequence[Path]) -> tuple["Run", "Measurements"]:
     """Fold the samples of all the folders in the order of their index; returns the run and its statistics.
 
     Memory is that of two samples' statistics, however many there are. Raises KVProfileError where the folders do not hold
@@ -176,7 +176,7 @@ def _what_is_missing(missing: list[int], samples: int, shards: int) -> str:
     return f"{what}; give the partial of --shard {', '.join(f'{shard}/{shards}' for shard in lacking)} too"
 
 
-def _load(header: Header) -> "Statistics":
+def _load(header: Header) -> "Measurements":
     """One sample's statistics."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from kvprofile.calibration.measure.codec_damage import CodecDamage
 from kvprofile.calibration.measure.damage import DamageCurves
 from kvprofile.calibration.measure.key_mean import KeyMean
-from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.measure.statistics import Measurements
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.run_facts import run_facts
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.merging.policies import POLICIES, Policy
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.models.offloading import input_device
 from kvprofile.profile.fingerprint import model_facts
 from kvprofile.profile.schema import Calibration, ModelFacts, PolicyFacts, TextFacts
@@ -69,8 +69,8 @@ class Run(BaseModel):
         """How many samples are measured in all."""
         return self.calibration.measured.samples
 
-    def statistics(self) -> Statistics:
-        """Statistics that have seen nothing yet.
+    def statistics(self) -> Measurements:
+        """Measurements that have seen nothing yet.
 
         Raises KVProfileError where a policy is not known here (one of a file of the user's that was not imported), or the
         statistics do not fit into memory.
@@ -162,15 +162,15 @@ def empty_statistics(
     candidates: Sequence[tuple[str, Policy]],
     mix: ProbeMix,
     *,
-    rules: tuple[str, ...] = RULES,
+    rules: tuple[str, ...] = SET_RULES,
     codecs: Sequence[str] = (),
-) -> Statistics:
-    """Statistics of a model at samples of at most so many tokens.
+) -> Measurements:
+    """Measurements of a model at samples of at most so many tokens.
 
     Damage curves for the candidates, if there are any, and what storing slots costs for the `codecs`.
     """
     merged, heads = len(model.full_attention_layers()), model.kv_heads
-    return Statistics(
+    return Measurements(
         model.layers,
         heads,
         tokens,

@@ -7,7 +7,7 @@ import click
 
 from kvprofile.cli.calibrating import Request, output_of
 from kvprofile.cli.calibrating import calibrate as run
-from kvprofile.cli.common import check_loudness, say, warn
+from kvprofile.cli.common import check_verbosity, say, warn
 from kvprofile.cli.options import (
     BUDGET,
     BYTES,
@@ -136,7 +136,7 @@ def calibrate(
     Every sample's statistics are kept in the folder PROFILE.partial, from which --resume goes on; it is removed when
     the profile is written. Under torchrun the processes share the samples: docs/many-gpus.md.
     """
-    check_loudness(quiet, verbose)
+    check_verbosity(quiet, verbose)
     check_one_of(budget, size)
     choices = plan_choices(options)
     if dry_run:

@@ -30,7 +30,7 @@ def log_of(quiet: bool) -> Callable[[str], None]:
     return (lambda _message: None) if quiet else say
 
 
-def check_loudness(quiet: bool, verbose: bool) -> None:
+def check_verbosity(quiet: bool, verbose: bool) -> None:
     """Refuse --quiet and --verbose together."""
     if quiet and verbose:
         raise UsageError("--quiet and --verbose contradict each other; give one of them")

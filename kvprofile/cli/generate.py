@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_loudness, check_model, load, log_of, warn
+from kvprofile.cli.common import check_verbosity, check_model, load, log_of, warn
 from kvprofile.cli.options import complete_model, model_options, speech_options
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.names import MODES
@@ -64,7 +64,7 @@ def generate(
     Example:
       kvprofile generate smollm2-135m --profile profile.json --prompt-file long.txt --max-new-tokens 64
     """
-    check_loudness(quiet, verbose)
+    check_verbosity(quiet, verbose)
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the prompt with exactly one of --prompt and --prompt-file")
     from kvprofile.profile.storage import load_profile

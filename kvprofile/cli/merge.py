@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvprofile.cli.common import check_loudness, check_writable, load, log_of, say, track_of, warn
+from kvprofile.cli.common import check_verbosity, check_writable, load, log_of, say, track_of, warn
 from kvprofile.cli.options import (
     BUDGET,
     BYTES,
@@ -25,7 +25,7 @@ from kvprofile.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from kvprofile.calibration.measure.statistics import Statistics
+    from kvprofile.calibration.measure.statistics import Measurements
     from kvprofile.calibration.runs import Run
     from kvprofile.profile.schema import Profile
 
@@ -86,7 +86,7 @@ def merge(
     from kvprofile.report.budgets import costs
 
     started = time.perf_counter()
-    check_loudness(quiet, verbose)
+    check_verbosity(quiet, verbose)
     check_one_of(budget, size)
     choices = plan_choices(options)
     for file in (output, output.with_suffix(".safetensors")):
@@ -114,7 +114,7 @@ def _checked(
     profile: "Profile",
     arrays: "dict[str, np.ndarray]",
     run: "Run",
-    statistics: "Statistics",
+    statistics: "Measurements",
     *,
     model: str,
     text: dict[str, Any],

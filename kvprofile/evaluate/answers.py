@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvprofile.evaluate.fidelity import negative_log_likelihood
-from kvprofile.evaluate.prompts import Reading
+from kvprofile.evaluate.prompts import PromptTokens
 from kvprofile.models.offloading import input_device
 
 
@@ -27,7 +27,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: Any,
     cache: Cache,
-    reading: Reading,
+    reading: PromptTokens,
     *,
     max_new_tokens: int,
     stop: str | None = None,

@@ -17,7 +17,7 @@ from kvprofile.evaluate.answers import answer
 from kvprofile.evaluate.fidelity import distance, make_trial, negative_log_likelihood, read_parts
 from kvprofile.evaluate.filled import Filled
 from kvprofile.evaluate.methods import FULL, Method
-from kvprofile.evaluate.prompts import Reading, make_reading
+from kvprofile.evaluate.prompts import PromptTokens, make_reading
 from kvprofile.evaluate.rows import Row, Store, digest, identity
 from kvprofile.evaluate.tasks.task import Example, Task
 from kvprofile.models.device_memory import explaining_memory
@@ -46,14 +46,14 @@ Measure = Callable[[Method], Measured]
 
 
 @dataclass(frozen=True)
-class Probe:
+class Passage:
     """What is read after a context: `tokens` `(tokens,)`, and `scored`, the rows of its predictions that count."""
 
     name: str
     tokens: Tensor
     scored: slice
 
-    def foretold(self) -> Tensor:
+    def targets(self) -> Tensor:
         """The tokens that the scored rows predict: each row the one after its own."""
         return self.tokens.roll(-1)[self.scored]
 
@@ -92,20 +92,20 @@ def run_fidelity(
     return rows
 
 
-def make_probes(loaded: LoadedModel, sample: Sample, seed: int) -> tuple[Tensor, list[Probe]]:
+def make_probes(loaded: LoadedModel, sample: Sample, seed: int) -> tuple[Tensor, list[Passage]]:
     """A sample's context `(tokens,)` with facts planted in it, and what is read after it."""
     context, questions = plant(sample.context, loaded.tokenizer, facts=0, lookups=LOOKUPS, seed=seed)
     trial = make_trial(context, sample.continuation, seed)
     probes = [
         # Of the look-up only the values count: the rows before each of their tokens.
-        *(Probe(LOOKUP, asked.tokens, slice(-asked.answer - 1, -1)) for asked in questions),
-        Probe(RECALL, trial.recall, slice(0, -1)),
-        Probe(CONTINUATION, trial.continuation, slice(0, -1)),
+        *(Passage(LOOKUP, asked.tokens, slice(-asked.answer - 1, -1)) for asked in questions),
+        Passage(RECALL, trial.recall, slice(0, -1)),
+        Passage(CONTINUATION, trial.continuation, slice(0, -1)),
     ]
     return context, probes
 
 
-def _fidelity_measure(loaded: LoadedModel, context: Tensor, probes: Sequence[Probe]) -> Measure:
+def _fidelity_measure(loaded: LoadedModel, context: Tensor, probes: Sequence[Passage]) -> Measure:
     """Measures a method against the full cache, whose distributions are computed once and only if they are needed."""
     filled = Filled(loaded.model, context)
 
@@ -126,7 +126,7 @@ def _fidelity_measure(loaded: LoadedModel, context: Tensor, probes: Sequence[Pro
         for name in PARTS:
             chosen = [place for place, probe in enumerate(probes) if probe.name == name]
             full, own = (torch.cat([source[place] for place in chosen]) for source in (reference()[0], rows))
-            following = torch.cat([probes[place].foretold() for place in chosen])
+            following = torch.cat([probes[place].targets() for place in chosen])
             gap = distance(full, own)
             nll = negative_log_likelihood(own, following)
             values |= {f"{name} KL": gap.kl, f"{name} top-1": gap.top1, f"{name} NLL": nll}
@@ -176,7 +176,7 @@ def run_task(
     return rows
 
 
-def _task_measure(loaded: LoadedModel, name: str, example: Example, reading: Reading) -> Measure:
+def _task_measure(loaded: LoadedModel, name: str, example: Example, reading: PromptTokens) -> Measure:
     filled = Filled(loaded.model, reading.context)
 
     def measure(method: Method) -> Measured:

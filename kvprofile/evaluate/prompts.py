@@ -14,7 +14,7 @@ QUESTIONS = ("after", "before")
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptTokens:
     """Token ids `(tokens,)`: the `context` is prefilled and compressed, then the `question` is read, then the `answer`."""
 
     context: Tensor
@@ -22,7 +22,7 @@ class Reading:
     answer: Tensor
 
 
-def make_reading(example: Example, tokenizer: Any, question: str) -> Reading:
+def make_reading(example: Example, tokenizer: Any, question: str) -> PromptTokens:
     """Put an example into the model's chat template, if it has one and the example takes one, and cut it in two.
 
     With `question` "after", the context alone is compressed: the question is not known yet. With "before", everything
@@ -39,7 +39,7 @@ def make_reading(example: Example, tokenizer: Any, question: str) -> Reading:
     cut = len(start) if question == "after" else len(prompt) - 1
     space = "" if rest[-1:].isspace() else " "
     answer = encode(tokenizer, space + example.answers[0])[: example.max_new_tokens]
-    return Reading(prompt[:cut], prompt[cut:], torch.tensor(answer, dtype=torch.long))
+    return PromptTokens(prompt[:cut], prompt[cut:], torch.tensor(answer, dtype=torch.long))
 
 
 def uses_template(example: Example, tokenizer: Any) -> bool:

@@ -52,7 +52,7 @@ def neighbours(losses: Losses, combination: Combination) -> Slots:
     return combine(keys, values, ~losses.lost, received, combination, lengths=lengths)
 
 
-# The names a policy and a profile can use. Sets of neighbours differ in how they are found (`sets.RULES`).
+# The names a policy and a profile can use. Sets of neighbours differ in how they are found (`sets.SET_RULES`).
 JOINS: dict[str, Join] = {
     "chain": Join(neighbours),
     "anchor": Join(neighbours),

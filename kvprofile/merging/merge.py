@@ -11,7 +11,7 @@ from kvprofile.merging.losses import Losses, most_affine
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.regression import regress
-from kvprofile.merging.sets import RULES, find_sets, mergeable_links
+from kvprofile.merging.sets import SET_RULES, find_sets, mergeable_links
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.strain import give_up_more, may_strain
 from kvprofile.merging.tokens import Tokens
@@ -30,7 +30,7 @@ def merge_tokens(
     """
     protected = protected_tokens(policy.protection, tokens, heavy)
     affinity = policy.rank(tokens)
-    allowed = F.pad(mergeable_links(protected), (1, 0), value=False) if policy.rule in RULES else ~protected
+    allowed = F.pad(mergeable_links(protected), (1, 0), value=False) if policy.rule in SET_RULES else ~protected
     if policy.rule in ("anchor", "complete"):
         if epsilon is None:
             raise ValueError(f"the rule {policy.rule} needs thresholds")
@@ -43,7 +43,7 @@ def merge_tokens(
         lost = (affinity >= epsilon.to(affinity.device, affinity.dtype, non_blocking=True)[None, :, None]) & allowed
     first = min(affinity.shape[-1], max(0, policy.protection.first - tokens.position))
     losses = None if count is None else affinity.shape[-1] - count
-    strained = count is not None and policy.rule in RULES and may_strain(count, heavy + 1, first + heavy)
+    strained = count is not None and policy.rule in SET_RULES and may_strain(count, heavy + 1, first + heavy)
     if losses is not None:
         asked = losses.to(affinity.device, non_blocking=True)
         lost = most_affine(affinity, allowed, asked)

@@ -10,7 +10,7 @@ from kvprofile.merging.combine import Combination
 from kvprofile.merging.joining import JOINS
 from kvprofile.merging.protect import Protection
 from kvprofile.merging.regression import WINDOW
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.merging.tokens import Tokens
 
 
@@ -55,7 +55,7 @@ class Policy:
     @property
     def has_pivots(self) -> bool:
         """True if sets have a pivot, the member with the largest attention mass."""
-        return self.rule in RULES and self.combination.has_pivot
+        return self.rule in SET_RULES and self.combination.has_pivot
 
     @property
     def needs_mass(self) -> bool:
@@ -80,7 +80,7 @@ class Policy:
 
     def least(self, protected: int) -> int:
         """The fewest slots that hold a text with so many protected tokens: neighbours need one to merge into."""
-        return protected + (self.rule in RULES)
+        return protected + (self.rule in SET_RULES)
 
     def rank(self, tokens: Tokens) -> Tensor:
         """How readily every token gives up its slot: `(batch, kv_heads, tokens)`."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RULES = ("chain", "anchor", "complete")
+SET_RULES = ("chain", "anchor", "complete")
 MAX_SET = 64
 
 
@@ -105,8 +105,8 @@ def find_sets(keys: Tensor, epsilon: Tensor, rule: str, protected: Tensor) -> Te
     if rule == "chain":
         joined = (adjacent_cosine(keys) >= threshold) & mergeable_links(protected)
         return F.pad(~joined, (1, 0), value=True)
-    if rule not in RULES:
-        raise ValueError(f"unknown set rule {rule!r}; expected one of {', '.join(RULES)}")
+    if rule not in SET_RULES:
+        raise ValueError(f"unknown set rule {rule!r}; expected one of {', '.join(SET_RULES)}")
     similar = banded_cosine(keys, protected) >= threshold[..., None]
     reach = similar.long().cumprod(-1).sum(-1)
     return starts_from_oldest(oldest_members(rule, reach))

@@ -366,8 +366,8 @@ class Profile(_Strict):
             unknown = {head.policy for head in layer.heads} - set(self.policies)
             if unknown:
                 raise ValueError(f"plan.layers[{layer.layer}] names unknown policies {sorted(unknown)}")
-        if self.plan.mode == "threshold" and (endless := self.plan.without_thresholds()):
-            raise ValueError(f"plan.mode is threshold, and in layers {endless} merged heads have no epsilon")
+        if self.plan.mode == "threshold" and (lacking := self.plan.without_thresholds()):
+            raise ValueError(f"plan.mode is threshold, and in layers {lacking} merged heads have no epsilon")
         if (damage := self.statistics.damage) is not None:
             if strangers := set(damage.policies) - set(self.policies):
                 raise ValueError(f"statistics.damage names unknown policies {sorted(strangers)}")

@@ -54,10 +54,15 @@ class MergedCache(Cache):
             # Layers are updated in turn: those before this one have seen this forward's tokens, those after have not. The
             # first to be updated must find all of them level, or an earlier forward did not come to its end.
             place = self.merged.index(layer)
-            torn = not place and any(
+            uneven = not place and any(
                 other.get_seq_length() != layer.get_seq_length() or other.turns.waiting for other in self.merged
             )
-            if not self.attachment.active or torn or self.merged[place - 1].turns.unattended or layer.turns.unattended:
+            if (
+                not self.attachment.active
+                or uneven
+                or self.merged[place - 1].turns.unattended
+                or layer.turns.unattended
+            ):
                 raise KVProfileError(
                     "a merged cache was used with a model that is not attached (or was detached, or failed half-way in an "
                     "earlier forward); call merger.attach(model) and start with a new merger.cache()"

@@ -123,9 +123,9 @@ class Settings:
         if mode not in (None, *MODES):
             raise UsageError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
         exact = (mode or profile.plan.mode) == "exact"
-        if not exact and (endless := profile.plan.without_thresholds()):
+        if not exact and (lacking := profile.plan.without_thresholds()):
             raise UsageError(
-                f"threshold mode needs a threshold for every head that is merged; the profile's layers {endless} have "
+                f"threshold mode needs a threshold for every head that is merged; the profile's layers {lacking} have "
                 "heads without one; use exact mode, or calibrate with --policy gauss"
             )
         used = {head.policy for layer in profile.plan.layers for head in layer.heads}

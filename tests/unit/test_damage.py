@@ -19,7 +19,7 @@ from kvprofile.calibration.sensitivity import DRAWS, _gradients, read_probe
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from tests.unit.architectures import build
 from tests.unit.merge_reference import relative_error
 from tests.unit.tiny_models import head, profile_values, tiny_model, tiny_text
@@ -72,7 +72,7 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
     recent = policy.protection.recent_tokens(tokens)
     kv_heads, group = call.key.shape[1], call.query.shape[1] // call.key.shape[1]
     # As in the runtime: the 4 first tokens, and one slot more where neighbours merge.
-    least = 5 if POLICIES[name].rule in RULES else floor
+    least = 5 if POLICIES[name].rule in SET_RULES else floor
     count = torch.full((1, kv_heads), max(least, round(budget * tokens) - recent))
     heavy = policy.protection.heavy_tokens(tokens)
     slots = merge_tokens(context.oldest(tokens - recent), policy, count=count, heavy=heavy)

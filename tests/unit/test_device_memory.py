@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.measure.statistics import Measurements
 from kvprofile.calibration.partials import partial_path, sample_files
 from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.cli.group import Group
@@ -149,7 +149,7 @@ def test_finished_samples_are_kept_and_resumed(tiny_folder, tiny_text_file, tmp_
 
     with monkeypatch.context() as patched:
         reads = []
-        patched.setattr(Statistics, "update", counting(Statistics.update, reads))
+        patched.setattr(Measurements, "update", counting(Measurements.update, reads))
         assert run(*command, "--resume").exit_code == 0
     assert len(reads) == 2  # the two layers of one sample
 

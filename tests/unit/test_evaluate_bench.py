@@ -55,8 +55,8 @@ def test_the_full_cache_is_no_distance_from_itself_and_its_likelihood_that_of_a_
                     logs = loaded.model(tokens[None]).logits[0].log_softmax(-1)
                 places = range(len(context), len(tokens))
                 if name == "look-up":  # the value's digits, which end the question
-                    places = places[-len(probe.foretold()) :]
-                    assert tokens[places[0] :].tolist() == probe.foretold().tolist()
+                    places = places[-len(probe.targets()) :]
+                    assert tokens[places[0] :].tolist() == probe.targets().tolist()
                     assert len(places) == 6  # a blank and five digits
                 else:
                     places = places[1:]

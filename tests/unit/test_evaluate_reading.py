@@ -8,7 +8,7 @@ from kvprofile import KVMerger
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.answers import answer
 from kvprofile.evaluate.fidelity import fill
-from kvprofile.evaluate.prompts import Reading, encode, make_reading, uses_template
+from kvprofile.evaluate.prompts import PromptTokens, encode, make_reading, uses_template
 from kvprofile.evaluate.tasks import Example
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
 
@@ -78,7 +78,7 @@ def filled(model, reading):
 
 def reading_of(tokens, context=150, question=20, right=6):
     parts = tokens[0].split([context, question, right])
-    return Reading(*parts)
+    return PromptTokens(*parts)
 
 
 def test_the_answer_from_a_full_cache_is_that_of_the_model(tokenizer):

@@ -26,7 +26,7 @@ from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection, protected_tokens
 from kvprofile.merging.regression import FROZEN, regress
 from kvprofile.merging.scores import MASS_STRIDE, attention_mass, window_mass
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens, newest_queries
 from kvprofile.profile.schema import PolicyFacts
@@ -363,7 +363,7 @@ def test_every_name_in_the_tables_fits_the_schema():
     for name in combine.WEIGHTS:
         Combination(weights=name)
         PolicyFacts.model_validate(Policy(combination=Combination(weights=name)).to_dict())
-    assert set(RULES) < set(joining.JOINS)
+    assert set(SET_RULES) < set(joining.JOINS)
     for known, table in (
         (known_names.Affinity, affinity.AFFINITIES),
         (known_names.Join, joining.JOINS),

@@ -11,12 +11,12 @@ from kvprofile.calibration.measure.distance import SimilarityByDistance
 from kvprofile.calibration.measure.maps import CELLS, SimilarityMap
 from kvprofile.calibration.measure.moments import Moments
 from kvprofile.calibration.measure.ratios import THRESHOLDS, CompressionRatios, count_sets
-from kvprofile.calibration.measure.statistics import Statistics
+from kvprofile.calibration.measure.statistics import Measurements
 from kvprofile.merging.combine import Combination
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection
 from kvprofile.merging.scores import MASS_STRIDE
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.runtime.attention import AttentionCall
 from tests.unit.reference import PROPERTY, attention_weights, mass_of, scan_sets
 
@@ -200,9 +200,9 @@ def test_ratios_are_the_scans_and_protected_tokens_count():
         keys = _keys(seed + 20, tokens)
         protected = generator.random((HEADS, tokens)) < 0.1
         accumulator.update(1, kind, keys, torch.tensor(protected), apart)
-        ratio = np.zeros((len(RULES), HEADS, len(at)))
+        ratio = np.zeros((len(SET_RULES), HEADS, len(at)))
         for head, gram in enumerate(_gram(keys)):
-            for rule_at, rule in enumerate(RULES):
+            for rule_at, rule in enumerate(SET_RULES):
                 for place, index in enumerate(at):
                     sets = scan_sets(gram, THRESHOLDS[index], rule, protected[head])
                     ratio[rule_at, head, place] = (len(sets) + apart) / (tokens + apart)
@@ -216,7 +216,7 @@ def test_ratios_are_the_scans_and_protected_tokens_count():
         assert (moments.mean[1][..., -1] == 1).all()
     together = np.stack(seen[KINDS[0]] + seen[KINDS[1]])
     found = accumulator.finish()
-    for rule_at, rule in enumerate(RULES):
+    for rule_at, rule in enumerate(SET_RULES):
         mean, std = found[f"ratio_mean.{rule}"], found[f"ratio_std.{rule}"]
         assert mean.shape == std.shape == (LAYERS, HEADS, len(THRESHOLDS))
         np.testing.assert_allclose(mean[1][:, at], together[:, rule_at].mean(axis=0), rtol=1e-6)
@@ -229,18 +229,18 @@ def test_thresholds_reach_from_everything_to_nothing():
     free = torch.zeros(HEADS, 40, dtype=torch.bool)
     chain = count_sets(keys, free, "chain")
     assert chain[:, 0].tolist() == [1, 1]
-    for rule in RULES:
+    for rule in SET_RULES:
         assert count_sets(keys, free, rule)[:, -1].tolist() == [40, 40]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SET_RULES)
 def test_a_text_of_recent_tokens_alone_has_nothing_to_merge(rule):
     accumulator = CompressionRatios(1, HEADS, (rule,))
     accumulator.update(0, "essay", torch.zeros(HEADS, 0, 6), torch.zeros(HEADS, 0, dtype=torch.bool), apart=12)
     assert (accumulator.finish()[f"ratio_mean.{rule}"] == 1).all()
 
 
-# Statistics: all of them, as calibration calls them.
+# Measurements: all of them, as calibration calls them.
 
 
 def _call(seed, tokens):
@@ -252,7 +252,7 @@ def _call(seed, tokens):
 
 def test_statistics_see_what_each_measure_sees():
     policy = POLICIES["kvmerger"]
-    statistics = Statistics(LAYERS, HEADS, 90, policy)
+    statistics = Measurements(LAYERS, HEADS, 90, policy)
     calls = [_call(seed, 90) for seed in (31, 32)]
     ratios = []
     at = int(np.abs(THRESHOLDS - 0.8).argmin())
@@ -288,13 +288,13 @@ def test_statistics_see_what_each_measure_sees():
             *single,
             "distances",
             "value_histogram",
-            *(f"ratio_{part}.{rule}" for part in ("mean", "std") for rule in RULES),
+            *(f"ratio_{part}.{rule}" for part in ("mean", "std") for rule in SET_RULES),
         ]
     )
 
 
 def test_statistics_without_rules_measure_similarity_only():
-    statistics = Statistics(LAYERS, HEADS, 70, POLICIES["gauss"], rules=())
+    statistics = Measurements(LAYERS, HEADS, 70, POLICIES["gauss"], rules=())
     statistics.update(0, "essay", _call(1, 70))
     assert sorted(statistics.finish()) == [
         "distances",
@@ -315,7 +315,7 @@ def _one_run():
 
 
 def _run(samples):
-    statistics = Statistics(LAYERS, HEADS, 70, _POLICY)
+    statistics = Measurements(LAYERS, HEADS, 70, _POLICY)
     for sample in samples:
         kind, calls = _SAMPLES[sample]
         for layer, call in enumerate(calls):

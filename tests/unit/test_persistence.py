@@ -7,7 +7,7 @@ import torch
 from kvprofile.calibration.measure.moments import Moments
 from kvprofile.calibration.measure.persistence import LEVELS, persistence
 from kvprofile.calibration.measure.ratios import THRESHOLDS, CompressionRatios, count_sets
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 
 HEADS = 3
 
@@ -17,7 +17,7 @@ def _samples(seed, layers, counts):
     generator = np.random.default_rng(seed)
     samples = {}
     for kind, count in counts.items():
-        noise = generator.random((count, layers, len(RULES), HEADS, len(THRESHOLDS))).cumsum(-1)
+        noise = generator.random((count, layers, len(SET_RULES), HEADS, len(THRESHOLDS))).cumsum(-1)
         noise += generator.random((layers, 1, HEADS, 1)) * 3
         samples[kind] = noise / noise[..., -1:]
     return samples
@@ -68,13 +68,13 @@ def _direct(kinds):
     }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SET_RULES)
 @pytest.mark.parametrize("counts", [{"essay": 3, "table": 2, "code": 4}, {"essay": 5, "table": 1}, {"essay": 4}])
 def test_rows_are_the_per_sample_arrays(rule, counts):
     layers = 5
     samples = _samples(7, layers, counts)
     rows = persistence(_ratios(samples, layers), rule)
-    at_rule = RULES.index(rule)
+    at_rule = SET_RULES.index(rule)
     overall = np.concatenate(list(samples.values()))[:, :, at_rule].mean(axis=(0, 1, 2))
     assert len(rows) == len(LEVELS)
     for row, level in zip(rows, LEVELS, strict=True):

@@ -14,14 +14,14 @@ from kvprofile.merging.losses import most_affine
 from kvprofile.merging.merge import merge_layer, merge_tokens
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection, protected_tokens
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.merging.tokens import Tokens
 from tests.unit.builders import random_tokens
 from tests.unit.reference import PROPERTY, affinities, clear_of, cosines, head_of, lost_tokens, merge_head
 
 NAMES = list(POLICIES)
 DROPS = ["h2o", "value-attention", "snapkv", "snapkv-128", "streaming"]
-MERGES = [name for name in NAMES if POLICIES[name].rule in RULES and not name.endswith("-off")]
+MERGES = [name for name in NAMES if POLICIES[name].rule in SET_RULES and not name.endswith("-off")]
 BIASED = [name for name in MERGES if POLICIES[name].combination.bias == "count"]
 # Rules the named policies do not use, so that these are covered too.
 EXTRA = {

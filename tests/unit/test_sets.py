@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvprofile.calibration.measure.ratios import THRESHOLDS, count_sets
 from kvprofile.merging.combine import Combination, combine
-from kvprofile.merging.sets import MAX_SET, RULES, adjacent_cosine, banded_cosine, find_sets
+from kvprofile.merging.sets import MAX_SET, SET_RULES, adjacent_cosine, banded_cosine, find_sets
 from tests.unit.reference import PROPERTY, clear_of, cosine, cosines, scan_sets, starts_of
 
 FIG4 = """
@@ -67,7 +67,7 @@ def _fig4():
     return torch.tensor(keys, dtype=torch.float32)[None, None]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SET_RULES)
 def test_fig4_sets(fig4, rule):
     starts = find_sets(fig4, torch.tensor([0.8]), rule, torch.zeros(1, 1, 8, dtype=torch.bool))
     assert starts[0, 0].tolist() == starts_of(FIG4_SETS[rule])
@@ -107,7 +107,7 @@ def _protect(draw, tokens):
 
 
 @settings(PROPERTY, max_examples=150)
-@given(data=st.data(), keys=_keys, rule=st.sampled_from(RULES))
+@given(data=st.data(), keys=_keys, rule=st.sampled_from(SET_RULES))
 def test_sets_of_every_head_are_the_scans(data, keys, rule):
     tokens = len(keys)
     # The second head reads the same keys backwards, under a threshold and protected tokens of its own.
@@ -123,7 +123,7 @@ def test_sets_of_every_head_are_the_scans(data, keys, rule):
         assert starts[0, head].tolist() == starts_of(expected)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SET_RULES)
 @pytest.mark.parametrize(("tokens", "step"), [(MAX_SET - 1, 0), (MAX_SET, 0), (MAX_SET + 1, 0), (300, 0), (300, 0.02)])
 @pytest.mark.parametrize("guarded", [(), (70, 71, 200)])
 def test_sets_longer_than_the_band(rule, tokens, step, guarded):
@@ -146,7 +146,7 @@ def test_sets_longer_than_the_band(rule, tokens, step, guarded):
 
 def test_an_infinite_threshold_merges_nothing():
     keys = torch.ones(1, 2, 5, 3)
-    for rule in RULES:
+    for rule in SET_RULES:
         starts = find_sets(keys, torch.tensor([torch.inf, 0.9]), rule, torch.zeros(1, 2, 5, dtype=torch.bool))
         assert starts[0].tolist() == [[True] * 5, [True] + [False] * 4]
 
@@ -154,7 +154,7 @@ def test_an_infinite_threshold_merges_nothing():
 def test_zero_keys_are_similar_to_nothing_and_opposite_keys_to_everything_only_at_minus_one():
     keys = torch.tensor([[0.0, 0], [0, 0], [1, 0], [-1, 0]])[None, None]
     free = torch.zeros(1, 1, 4, dtype=torch.bool)
-    for rule in RULES:
+    for rule in SET_RULES:
         assert find_sets(keys, torch.tensor([0.1]), rule, free)[0, 0].all()
         assert find_sets(keys, torch.tensor([-1.1]), rule, free)[0, 0].tolist() == [True, False, False, False]
 
@@ -189,7 +189,7 @@ def test_the_band_holds_the_cosines_before_each_token(tokens, band):
 
 
 @settings(PROPERTY, max_examples=25)
-@given(data=st.data(), keys=_keys, rule=st.sampled_from(RULES))
+@given(data=st.data(), keys=_keys, rule=st.sampled_from(SET_RULES))
 def test_counts_at_every_threshold_are_those_of_the_sets_found_there(data, keys, rule):
     tokens = len(keys)
     protected = torch.tensor([_protect(data.draw, tokens), [False] * tokens]).view(2, tokens)
@@ -202,7 +202,7 @@ def test_counts_at_every_threshold_are_those_of_the_sets_found_there(data, keys,
         assert counts[:, at].tolist() == starts.sum(-1)[0].tolist()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SET_RULES)
 def test_counts_are_those_of_the_scan(rule):
     keys = _walk(11, 150, 0.3)
     similar = (keys @ keys.T) / np.outer(np.linalg.norm(keys, axis=1), np.linalg.norm(keys, axis=1))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvprofile.calibration.measure.moments import Moments
-from kvprofile.merging.sets import RULES, adjacent_cosine, banded_cosine, mergeable_links, oldest_members
+from kvprofile.merging.sets import SET_RULES, adjacent_cosine, banded_cosine, mergeable_links, oldest_members
 
 # From "everything merges" to "nothing does", finest where the cosines of real models lie.
 THRESHOLDS: NDArray[np.float64] = np.round(
@@ -24,7 +24,7 @@ class CompressionRatios:
     `(rules, kv_heads + 1, thresholds)`: the last row is the mean over the heads, the layer as a whole.
     """
 
-    def __init__(self, layers: int, kv_heads: int, rules: tuple[str, ...] = RULES) -> None:
+    def __init__(self, layers: int, kv_heads: int, rules: tuple[str, ...] = SET_RULES) -> None:
         self.rules = rules
         self.shape = (len(rules), kv_heads + 1, len(THRESHOLDS))
         self.layers = layers

@@ -19,12 +19,12 @@ from kvprofile.calibration.measure.window import WindowAttention, window_attenti
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.scores import attention_mass, mass_stride
-from kvprofile.merging.sets import RULES
+from kvprofile.merging.sets import SET_RULES
 from kvprofile.merging.tokens import Tokens
 from kvprofile.runtime.attention import AttentionCall
 
 
-class Statistics:
+class Measurements:
     """Key similarity in every form, the compression ratios under a policy's protected tokens, and what budget rules go by.
 
     With `rules` empty only the similarity measures are taken, which cost next to nothing. `damage` holds the damage curves
@@ -39,7 +39,7 @@ class Statistics:
         tokens: int,
         policy: Policy,
         *,
-        rules: tuple[str, ...] = RULES,
+        rules: tuple[str, ...] = SET_RULES,
         damage: DamageCurves | None = None,
         codecs: CodecDamage | None = None,
         key_mean: KeyMean | None = None,
