@@ -111,7 +111,7 @@ def make_job(loaded: Any, index: int, sample: Any, seed: int, methods: list[Meth
                 "name": probe.name,
                 "tokens": probe.tokens.tolist(),
                 "scored": [probe.scored.start, probe.scored.stop],
-                "foretold": probe.foretold().tolist(),
+                "foretold": probe.targets().tolist(),
             }
             for probe in probes
         ],

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kvprofile.cli.common import check_verbosity, check_model, load, log_of, warn
+from kvprofile.cli.common import check_model, check_verbosity, load, log_of, warn
 from kvprofile.cli.options import complete_model, model_options, speech_options
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.names import MODES
