@@ -36,7 +36,8 @@ class Filled:
         if method.plan is None:
             yield fill(self.model, DynamicCache(config=self.model.config), self.context)
             return
-        with self.merged(KVMerger.from_profile(method.plan)) as cache:
+        arrays = None if method.key_mean is None else {"key_mean": method.key_mean}
+        with self.merged(KVMerger.from_profile(method.plan, arrays=arrays)) as cache:
             yield cache
 
     @contextmanager

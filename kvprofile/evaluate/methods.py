@@ -1,13 +1,15 @@
 """What is compared: the full cache, a profile's plan, and plans of other policies with the same number of slots."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from numpy.typing import NDArray
 
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.planning.plans import replan
+from kvprofile.profile.measured_arrays import centring
 from kvprofile.profile.schema import Profile
 from kvprofile.profile.unmeasured import UNSAID
 
@@ -26,11 +28,13 @@ class Method:
         name: what tables call it.
         budget: the fraction of slots asked for.
         plan: a profile's JSON values for the runtime; None is the full cache.
+        key_mean: the means `(layers, kv_heads, head_dim)` by which its codecs centre keys, where they do.
     """
 
     name: str
     budget: float
     plan: dict[str, Any] | None
+    key_mean: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     def what_runs(self) -> Any:
         """What decides the numbers, as JSON values: the plan's heads and their policies, without any names of files."""
@@ -41,7 +45,8 @@ class Method:
         ]
         used = {head["policy"] for layer in layers for head in layer}
         policies = {name: values for name, values in self.plan["policies"].items() if name in used}
-        return {"mode": self.plan["plan"]["mode"], "layers": layers, "policies": policies}
+        runs = {"mode": self.plan["plan"]["mode"], "layers": layers, "policies": policies}
+        return runs if self.key_mean is None else runs | {"key_mean": sha256(self.key_mean.tobytes()).hexdigest()}
 
 
 def profile_methods(
@@ -49,7 +54,8 @@ def profile_methods(
 ) -> list[Method]:
     """A profile's plan at every budget: as it is at its own, solved again from its statistics at the others.
 
-    Raises MismatchError where a budget is out of reach.
+    `arrays` are the profile's: needed for other budgets, and where a plan's codecs centre keys. Raises MismatchError where a
+    budget is out of reach.
     """
     plans = {
         budget: profile
@@ -57,7 +63,10 @@ def profile_methods(
         else replan(profile, arrays.get("damage_mean"), budget, measured=arrays)
         for budget in budgets
     }
-    return [Method(name, budget, plan.model_dump(mode="json")) for budget, plan in plans.items()]
+    return [
+        Method(name, budget, plan.model_dump(mode="json"), arrays["key_mean"] if centring(plan) else None)
+        for budget, plan in plans.items()
+    ]
 
 
 def uniform_methods(profile: Profile, names: Sequence[str], budgets: Sequence[float]) -> list[Method]:

@@ -17,6 +17,7 @@ from kvprofile.evaluate.tasks import TASKS, Request, named_task
 from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.load import LoadedModel
 from kvprofile.profile.fingerprint import model_facts
+from kvprofile.profile.measured_arrays import centring
 from kvprofile.profile.schema import Profile
 from kvprofile.profile.storage import load_arrays, load_profile
 from kvprofile.samples import Sample, load_documents, make_samples
@@ -116,7 +117,8 @@ def make_methods(
     methods: list[Method] = []
     for name, (profile, path) in profiles.items():
         solved = any(budget != profile.plan.budget for budget in budgets) and profile.statistics.arrays is not None
-        methods += profile_methods(name, profile, load_arrays(profile, path) if solved else {}, budgets)
+        arrays = load_arrays(profile, path) if solved or centring(profile) else {}
+        methods += profile_methods(name, profile, arrays, budgets)
     return methods + uniform_methods(first, policies, budgets)
 
 
@@ -164,6 +166,12 @@ def _request(loaded: LoadedModel, source: str, choices: Choices) -> Request:
     return Request(source, choices.examples, choices.tokens, choices.seed, length, cut, head)
 
 
+def _asked(profile: Profile) -> str:
+    """What the profile was planned for."""
+    plan = profile.plan
+    return f"{plan.budget:g} of the slots" if plan.bytes is None else f"{100 * plan.bytes:g}% of the bytes"
+
+
 def facts_of(
     loaded: LoadedModel, choices: Choices, profiles: dict[str, Profile], tasks: dict[str, Any]
 ) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def facts_of(
         "revision": loaded.revision,
         **{name: known[name] for name in ("dtype", "device", "weights", "code", "kvprofile", "torch", "transformers")},
         "profiles": {
-            name: f"planned for {profile.plan.budget:g} of the slots, policy {profile.plan.policy}, spent by "
+            name: f"planned for {_asked(profile)}, policy {profile.plan.policy}, spent by "
             f"{profile.plan.rule} for every {profile.plan.granularity}, {profile.plan.mode} mode"
             for name, profile in profiles.items()
         },

@@ -54,7 +54,7 @@ def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: P
         raise KVProfileError(
             f"{file} holds no {', '.join(missing)}, which the profile says was measured; calibrate anew"
         )
-    if "key_mean" not in arrays and (codecs := _centring(profile)):
+    if "key_mean" not in arrays and (codecs := centring(profile)):
         raise KVProfileError(
             f"{file} holds no key_mean, by which keys are centred before {', '.join(codecs)} stores them; calibrate anew"
         )
@@ -80,7 +80,7 @@ def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: P
                 raise KVProfileError(f"{file}: {name} holds numbers that no mean can have; calibrate anew")
 
 
-def _centring(profile: "Profile") -> list[str]:
+def centring(profile: "Profile") -> list[str]:
     """The plan's codecs that centre keys."""
     used = {head.key_codec for layer in profile.plan.layers for head in layer.heads}
     return sorted(used - set(UNCENTRED))

@@ -151,3 +151,16 @@ def test_ctrl_c_keeps_what_is_finished(command, tmp_path, monkeypatch):
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["e.rows.jsonl"]
     assert len((tmp_path / "e.rows.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_plan_for_bytes_is_evaluated_with_its_means(tiny_folder, tiny_profile, tiny_text_file, tmp_path):
+    path = tmp_path / "packed.json"
+    assert run("plan", tiny_profile, "--bytes", "0.4", "--codec", "int8", "-o", path).exit_code == 0
+    size = ("--data", f"story={tiny_text_file}", "--documents", 1, "--tokens", 256, "--policy", "h2o")
+    result = run("evaluate", tiny_folder, "--profile", path, *size, "-o", tmp_path / "e.json")
+    assert result.exit_code == 0, result.output
+    entries = {entry["method"]: entry for entry in json.loads((tmp_path / "e.json").read_text())["methods"]}
+    # The same slots without codecs, in float32, take more than the packed ones.
+    assert entries["packed"]["bytes"] < 0.75 * entries["packed"]["slots"]
+    assert entries["h2o, uniform"]["bytes"] > entries["h2o, uniform"]["slots"] - 0.02
+    assert "40% of the bytes" in json.loads((tmp_path / "e.json").read_text())["facts"]["profiles"]["packed"]
