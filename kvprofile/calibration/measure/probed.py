@@ -82,7 +82,9 @@ class Probed:
         self.kv_heads = call.key.shape[1]
         group = heads // self.kv_heads
         self.call, self.group, self.queries = call, group, queries
-        self.gradients = reading.gradients.unflatten(2, (self.kv_heads, group))
+        # `(kv_heads, draws, group * queries, value_dim)`: laid out like a change of the output, which they weigh many times.
+        gradients = reading.gradients.unflatten(2, (self.kv_heads, group))
+        self.gradients = gradients.permute(2, 0, 3, 1, 4).flatten(2, 3).contiguous()
         member = torch.stack([reading.kind == kind for kind in kinds], dim=1).float()
         self.of_kind = member / member.sum(0)
         self.query = call.query[0].reshape(self.kv_heads, group * queries, dim).float()
@@ -125,8 +127,8 @@ class Probed:
 
     def change(self, change: Tensor) -> Tensor:
         """Damage `(kv_heads, kinds)` of a change of the output, `(kv_heads, group * queries, value_dim)`."""
-        slope = torch.einsum("rqhgd,hgqd->rhq", self.gradients, change.unflatten(1, (self.group, self.queries)))
-        return (slope.square().mean(0) / 2) @ self.of_kind
+        slope = (self.gradients * change[:, None]).sum(-1).unflatten(2, (self.group, self.queries)).sum(2)
+        return (slope.square().mean(1) / 2) @ self.of_kind
 
     def split(self, policy: Policy) -> tuple[Tokens, int, int]:
         """The tokens the policy may merge, how many recent ones it keeps apart, how many heavy ones it protects."""
