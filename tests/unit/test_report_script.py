@@ -118,7 +118,9 @@ def test_the_page_solves_as_python_does(name, browser, tmp_path, monkeypatch):
             np.testing.assert_allclose(np.ravel(found["share"]), [head.share for head in heads], rtol=0, atol=6e-7)
             assert [name for row in found["policy"] for name in row] == [head.policy for head in heads]
             # Written with four digits in a profile; the total is not less exact than its parts.
-            np.testing.assert_allclose(np.ravel(found["damage"]), [head.damage for head in heads], rtol=5e-4, atol=1e-12)
+            np.testing.assert_allclose(
+                np.ravel(found["damage"]), [head.damage for head in heads], rtol=5e-4, atol=1e-12
+            )
             assert found["total"] == pytest.approx(plan.predicted_damage, rel=5e-4)
             assert np.mean(found["share"]) == pytest.approx(budget, abs=1e-9)
         flags = shlex.split(page.inner_text("#command"))[5:-2]
