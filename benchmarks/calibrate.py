@@ -15,14 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-KINDS = ("plain", "similarity", "everything", "damage")
+KINDS = ("plain", "similarity", "everything", "damage", "codecs")
 
 
 def worker(kind: str, model_name: str, samples: int, tokens: int) -> None:
     import torch
 
     import kvprofile
-    from kvprofile.calibration.calibrate import CANDIDATES, measure
+    from kvprofile.calibration.calibrate import CANDIDATES, MEASURED_CODECS, measure
     from kvprofile.merging.sets import SET_RULES
 
     loaded = kvprofile.load_model(model_name)
@@ -43,7 +43,8 @@ def worker(kind: str, model_name: str, samples: int, tokens: int) -> None:
             blocks,
             "gauss",
             rules=() if kind == "similarity" else SET_RULES,
-            candidates=CANDIDATES if kind == "damage" else (),
+            candidates=CANDIDATES if kind in ("damage", "codecs") else (),
+            codecs=MEASURED_CODECS if kind == "codecs" else (),
         )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -28,7 +28,7 @@ from kvprofile.codecs.table import CODECS
 from kvprofile.errors import UsageError
 from kvprofile.evaluate.check import check_profile
 from kvprofile.merging.policies import POLICIES
-from kvprofile.merging.scores import attention_mass, mass_stride
+from kvprofile.merging.scores import estimated_mass
 from kvprofile.merging.sets import SET_RULES
 from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.device_memory import explaining_memory
@@ -297,14 +297,7 @@ def _read(
     def on_plain_context(layer: int, call: AttentionCall, _output: Tensor) -> None:
         mass = None
         if layer in merged and statistics.ratios.rules:
-            mass = attention_mass(
-                call.query,
-                call.key,
-                call.scaling,
-                stride=mass_stride(call.query.shape[2]),
-                softcap=call.softcap,
-                sinks=call.sinks,
-            )
+            mass = estimated_mass(call.query, call.key, call.softmax)
         on_context(layer, call, mass)
 
     def on_probe(layer: int, reading: Reading) -> None:

@@ -60,9 +60,7 @@ class _WatchedLayer(CacheLayerMixin):
         if mask is not None:
             mask = mask.to(call.query.device)  # it is built where the model's input lies
         keys, values = self.context
-        around = Surroundings(
-            keys[0], values[0], None if mask is None else mask[0, 0], call.scaling, call.softcap, call.sinks
-        )
+        around = Surroundings(keys[0], values[0], None if mask is None else mask[0, 0], call.softmax)
         return probe_attention(call.query[0], call.key[0], call.value[0], around)[None], None
 
     def attended(self, call: AttentionCall, output: Tensor, _tail_mass: Tensor | None) -> None:

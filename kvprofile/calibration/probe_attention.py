@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvprofile.merging.softmax import Softmax
+
 PIECE_BYTES = 64 * 2**20  # of the logits of one piece
 
 
@@ -20,16 +22,13 @@ class Surroundings:
     """All that takes no gradient. The shapes are those of one text, without the batch.
 
     keys, values `(kv_heads, tokens, dim)`: the context's. mask `(queries, tokens + queries)`: of the context and the probe
-    itself, True where a query sees a token or what is added to the logits; None: everything but the future. sinks `(heads,)`:
-    logits that join the softmax and stand for no token.
+    itself, True where a query sees a token or what is added to the logits; None: everything but the future.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
+    softmax: Softmax
 
     def pieces(self, rows: int, queries: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Keys, values and mask of the context in pieces, for `rows` query rows a KV head, of `queries` queries."""
@@ -51,12 +50,12 @@ class Surroundings:
 
     def logits(self, query: Tensor, keys: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits `(kv_heads, rows, keys)` of the rows `query` `(kv_heads, rows, dim)`, and the cap's slope, if capped."""
-        logits = (query @ keys.to(query.dtype).transpose(-1, -2)).mul_(self.scaling)
+        logits = (query @ keys.to(query.dtype).transpose(-1, -2)).mul_(self.softmax.scaling)
         slope = None
-        if self.softcap is not None:
-            bent = logits.div_(self.softcap).tanh_()
+        if self.softmax.softcap is not None:
+            bent = logits.div_(self.softmax.softcap).tanh_()
             slope = 1 - bent.square()
-            logits = bent * self.softcap
+            logits = bent * self.softmax.softcap
         if mask is not None:
             split = logits.unflatten(1, (-1, len(mask)))
             if mask.dtype == torch.bool:
@@ -83,12 +82,14 @@ class _ProbeAttention(torch.autograd.Function):
         rows = _rows(query, len(key))
         logits, _ = around.logits(rows, key, around.among_themselves(queries))
         top = logits.amax(-1, keepdim=True)
-        if around.sinks is not None:
-            sinks = around.sinks.to(rows.dtype).view(len(key), -1, 1, 1).expand(-1, -1, queries, 1).flatten(1, 2)
+        if around.softmax.sinks is not None:
+            sinks = (
+                around.softmax.sinks.to(rows.dtype).view(len(key), -1, 1, 1).expand(-1, -1, queries, 1).flatten(1, 2)
+            )
             top = torch.maximum(top, sinks)
         weights = torch.exp(logits - top)
         above, below = weights @ value.to(rows.dtype), weights.sum(-1, keepdim=True)
-        if around.sinks is not None:
+        if around.softmax.sinks is not None:
             below = below + torch.exp(sinks - top)
         for keys, values, mask in around.pieces(rows.shape[1], queries):
             logits, _ = around.logits(rows, keys, mask)
@@ -116,7 +117,9 @@ class _ProbeAttention(torch.autograd.Function):
             """The weights of a piece, and the gradient of its logits before cap and mask, both `(kv_heads, rows, keys)`."""
             logits, bend = around.logits(rows, keys, mask)
             weights = logits.sub_(total).exp_()
-            change = (slope @ values.to(rows.dtype).transpose(-1, -2)).sub_(along).mul_(weights).mul_(around.scaling)
+            change = (
+                (slope @ values.to(rows.dtype).transpose(-1, -2)).sub_(along).mul_(weights).mul_(around.softmax.scaling)
+            )
             return weights, change if bend is None else change.mul_(bend)
 
         weights, change = back(key, value, around.among_themselves(queries))

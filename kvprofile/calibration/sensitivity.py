@@ -11,7 +11,7 @@ from kvprofile.calibration.probes import Probe
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.regression import WINDOW
-from kvprofile.merging.scores import attention_mass, mass_stride, window_mass
+from kvprofile.merging.scores import estimated_mass, window_mass
 from kvprofile.merging.tokens import Queries, Tokens, newest_queries
 from kvprofile.runtime.attention import AttentionCall
 
@@ -43,31 +43,11 @@ def read_probe(
     def on_context(layer: int, call: AttentionCall, _output: Tensor) -> None:
         mass = None
         if layer in layers:
-            mass = attention_mass(
-                call.query,
-                call.key,
-                call.scaling,
-                stride=mass_stride(call.query.shape[2]),
-                softcap=call.softcap,
-                sinks=call.sinks,
-            )
+            mass = estimated_mass(call.query, call.key, call.softmax)
             scores[layer] = (
                 mass,
-                {
-                    size: window_mass(
-                        call.query, call.key, call.scaling, window=size, softcap=call.softcap, sinks=call.sinks
-                    )
-                    for size in sizes
-                },
-                newest_queries(
-                    call.query,
-                    call.key,
-                    call.value,
-                    call.scaling,
-                    count=asked,
-                    softcap=call.softcap,
-                    sinks=call.sinks,
-                ),
+                {size: window_mass(call.query, call.key, call.softmax, window=size) for size in sizes},
+                newest_queries(call.query, call.key, call.value, call.softmax, count=asked),
             )
             contexts[layer] = call.key, call.value
         watch_context(layer, call, mass)

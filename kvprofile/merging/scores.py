@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvprofile.merging.softmax import Softmax
+
 QUERY_BLOCK = 16  # logits of so many stay in the cache of a processor
 MASS_STRIDE = 16  # the default estimate of the mass takes every 16th query
 MOST_ASKED = 512  # and of many queries so many, or the estimate would remain a fixed share of attention's cost
@@ -23,18 +25,15 @@ def mass_stride(queries: int) -> int:
 def attention_mass(
     query: Tensor,
     key: Tensor,
-    scaling: float,
+    softmax: Softmax,
     *,
     stride: int = 1,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Sum of the attention each key receives over every `stride`-th query and over the query heads of its group.
 
     `query` is `(batch, heads, queries, head_dim)`, `key` `(batch, kv_heads, tokens, head_dim)`; the queries are the newest
-    `queries` of the tokens and attention is causal. `sinks` `(heads,)` are logits that join the softmax and stand for no
-    token. Returns float32 `(batch, kv_heads, tokens)`, scaled up to estimate the sum over all queries. The newest query
-    is always among those taken.
+    `queries` of the tokens and attention is causal. Returns float32 `(batch, kv_heads, tokens)`, scaled up to
+    estimate the sum over all queries. The newest query is always among those taken.
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
@@ -46,35 +45,38 @@ def attention_mass(
         block = asked[low : low + QUERY_BLOCK]
         first, seen = block[0] + offset, block[-1] + offset + 1
         chosen = query[:, :, block[0] : block[-1] + 1 : stride].reshape(batch, kv_heads, -1, head_dim)
-        logits = (chosen @ key[:, :, :seen].transpose(-1, -2)).float().mul_(scaling)
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        logits = softmax.cap_((chosen @ key[:, :, :seen].transpose(-1, -2)).float().mul_(softmax.scaling))
         # Only tokens newer than the block's oldest query are hidden from some of its queries.
         own = torch.arange(first, seen, stride, device=query.device)
         hidden = torch.arange(first, seen, device=query.device) > own[:, None]
         newer = logits.view(batch, kv_heads, heads // kv_heads, len(block), seen)[..., first:]
         newer.masked_fill_(hidden, -torch.inf)
-        if sinks is not None:
-            aside = sinks.float().repeat_interleave(len(block)).view(1, kv_heads, -1, 1).expand(batch, -1, -1, -1)
+        if softmax.sinks is not None:
+            aside = (
+                softmax.sinks.float().repeat_interleave(len(block)).view(1, kv_heads, -1, 1).expand(batch, -1, -1, -1)
+            )
             logits = torch.cat([logits, aside], dim=-1)
         mass[..., :seen] += torch.softmax(logits, -1, out=logits)[..., :seen].sum(2)
     return mass.mul_(queries / len(asked))
 
 
+def estimated_mass(query: Tensor, key: Tensor, softmax: Softmax) -> Tensor:
+    """The default estimate of `attention_mass`: from every so many-th of the queries."""
+    return attention_mass(query, key, softmax, stride=mass_stride(query.shape[2]))
+
+
 def window_mass(
     query: Tensor,
     key: Tensor,
-    scaling: float,
+    softmax: Softmax,
     *,
     window: int,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention received from the newest `window` queries, averaged over `POOL` neighbours (SnapKV, arXiv 2404.14469).
 
     Shapes as in `attention_mass`.
     """
-    return pooled(attention_mass(query[:, :, -window:], key, scaling, softcap=softcap, sinks=sinks))
+    return pooled(attention_mass(query[:, :, -window:], key, softmax))
 
 
 def pooled(received: Tensor) -> Tensor:

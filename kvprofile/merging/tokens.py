@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvprofile.merging.host import select, selector
+from kvprofile.merging.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,16 @@ def newest_queries(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scaling: float,
+    softmax: Softmax,
     *,
     count: int,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Queries:
     """The newest `count` of the queries `(batch, heads, queries, head_dim)` of an attention over all of `keys`."""
     kv_heads = keys.shape[1]
-    states = query[:, :, max(0, query.shape[2] - count) :].float() * scaling
+    states = query[:, :, max(0, query.shape[2] - count) :].float() * softmax.scaling
     grouped = states.unflatten(1, (kv_heads, -1))
-    own = None if sinks is None else sinks.float().view(kv_heads, -1)
-    return Queries(grouped, keys[:, :, :0], values[:, :, :0], softcap, own)
+    own = None if softmax.sinks is None else softmax.sinks.float().view(kv_heads, -1)
+    return Queries(grouped, keys[:, :, :0], values[:, :, :0], softmax.softcap, own)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvprofile.merging.counts import slots_of
 from kvprofile.merging.host import indexer
 from kvprofile.merging.merge import merge_layer
-from kvprofile.merging.scores import attention_mass, mass_stride, pooled, window_mass
+from kvprofile.merging.scores import estimated_mass, pooled, window_mass
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Queries, Tokens, newest_queries
 from kvprofile.runtime.attention import AttentionCall
@@ -59,15 +59,11 @@ def _estimated(
             mass[here, :, first:] = tail_mass[here, :, first:]
         elif queries:
             query, key = call.query[here, :, -queries:], state.tail.keys[here, :, first : state.tail.tokens]
-            mass[here, :, first:] = attention_mass(
-                query, key, call.scaling, stride=mass_stride(queries), softcap=call.softcap, sinks=call.sinks
-            )
+            mass[here, :, first:] = estimated_mass(query, key, call.softmax)
             # Once slots exist the tail's own mass comes from the newest queries anyway.
             for size in state.setting.windows if _aged(state, row) else ():
                 received = windows.setdefault(size, torch.zeros_like(mass))
-                received[here, :, first:] += window_mass(
-                    query, key, call.scaling, window=size, softcap=call.softcap, sinks=call.sinks
-                )
+                received[here, :, first:] += window_mass(query, key, call.softmax, window=size)
     return mass
 
 
@@ -163,10 +159,8 @@ def _newest_queries(state: "LayerState", row: Row, places: Places, calls: Calls)
             call.query[here],
             state.tail.keys[here],
             state.tail.values[here],
-            call.scaling,
+            call.softmax,
             count=asked,
-            softcap=call.softcap,
-            sinks=call.sinks,
         )
         for call, _ in calls
     ]

@@ -7,6 +7,7 @@ that tensor. The mark lives only as long as the tensor: nothing is kept per thre
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -55,26 +56,12 @@ class AttentionCall:
     mask: Any
     options: dict[str, Any]
 
-    @property
-    def scaling(self) -> float:
-        """What the logits are multiplied by."""
-        scaling = self.options.get("scaling")
-        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    @property
-    def softcap(self) -> float | None:
-        """The logits' soft cap, where the model has one."""
-        return self.options.get("softcap")
-
-    @property
-    def sinks(self) -> Tensor | None:
-        """Logits `(heads,)` that join the softmax and stand for no token, where the model has them (GPT-OSS)."""
-        return self.options.get("s_aux")
-
-    @property
+    @cached_property
     def softmax(self) -> Softmax:
-        """All three as one."""
-        return Softmax(self.scaling, self.softcap, self.sinks)
+        """What the model does to products of queries and keys, in transformers' keywords."""
+        scaling = self.options.get("scaling")
+        scaling = self.query.shape[-1] ** -0.5 if scaling is None else scaling
+        return Softmax(scaling, self.options.get("softcap"), self.options.get("s_aux"))
 
     def check_gradients(self) -> None:
         """Raise KVProfileError where a gradient is asked for that would miss what the cache holds."""

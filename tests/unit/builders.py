@@ -8,6 +8,7 @@ from torch import Tensor
 from kvprofile.codecs.rotation import turn_back
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.slots import Slots
+from kvprofile.merging.softmax import Softmax
 from kvprofile.merging.tokens import Tokens, newest_queries
 from kvprofile.profile.schema import SCHEMA_VERSION, PolicyFacts, Profile
 from kvprofile.runtime.shelf import Shelf
@@ -35,7 +36,7 @@ def random_tokens(seed, *, batch=1, heads=2, count=24, head_dim=4, value_dim=3, 
     later = torch.randn(batch, heads, newer, head_dim, generator=generator)
     unseen = torch.randn(batch, heads, newer, value_dim, generator=generator)
     query = torch.randn(batch, heads * GROUP, min(ASKED, count + newer), head_dim, generator=generator)
-    queries = newest_queries(query, keys, values, 0.6, count=ASKED)
+    queries = newest_queries(query, keys, values, Softmax(0.6), count=ASKED)
     return replace(tokens, queries=replace(queries, keys=later, values=unseen))
 
 

@@ -58,16 +58,16 @@ def reference(call, slots, padding=None):
     )
     batch, heads, queries, _ = query.shape
     kv_heads, tail = key.shape[1:3]
-    ends, sinks = np.cumsum([0, *slots.lengths]), call.sinks
+    ends, sinks = np.cumsum([0, *slots.lengths]), call.softmax.sinks
     output, mass = np.zeros((batch, queries, heads, value.shape[-1])), np.zeros((batch, kv_heads, tail))
     for row, head, asked in itertools.product(range(batch), range(heads), range(queries)):
         owner = head // (heads // kv_heads)
         old = slice(ends[row * kv_heads + owner], ends[row * kv_heads + owner + 1])
         seen = [token for token in range(tail - queries + asked + 1) if padding is None or not padding[row, token]]
         keys = np.concatenate([old_keys[old], key[row, owner, seen]])
-        logits = keys @ query[row, head, asked] * call.scaling
-        if call.softcap is not None:
-            logits = call.softcap * np.tanh(logits / call.softcap)
+        logits = keys @ query[row, head, asked] * call.softmax.scaling
+        if call.softmax.softcap is not None:
+            logits = call.softmax.softcap * np.tanh(logits / call.softmax.softcap)
         logits[: old.stop - old.start] += bias[old]
         if sinks is not None:
             logits = np.append(logits, float(sinks[head]))
@@ -126,7 +126,7 @@ def _kernel(monkeypatch, request):
 
 def facts_of(call):
     group = call.query.shape[1] // call.key.shape[1]
-    return Facts(call.key.device, call.key.dtype, 16, 16, group, call.softcap is not None)
+    return Facts(call.key.device, call.key.dtype, 16, 16, group, call.softmax.softcap is not None)
 
 
 def shelved(call, slots, name=None):

@@ -66,7 +66,7 @@ def direct(reading, name, share, codec):
                 np.concatenate([exact(part), exact(old[0, head, later]), exact(own[0, head])])
                 for part, old, own in ((keys, context.keys, call.key), (values, context.values, call.value))
             )
-            logits = exact(call.query[0, one]) @ keys.T * call.scaling
+            logits = exact(call.query[0, one]) @ keys.T * call.softmax.scaling
             logits[:, : len(bias)] += exact(bias)
             logits[:, -queries:][future] = -np.inf
             return softmax(logits, axis=-1) @ values

@@ -90,10 +90,10 @@ def direct(reading: Reading, name: str, budget: float, floor: int = 0) -> np.nda
         values = exact(torch.cat([old_values, all_values[later]]))
         slopes = np.zeros(reading.gradients.shape[:2])
         for one in range(kv_head * group, (kv_head + 1) * group):
-            logits = exact(call.query[0, one]) @ keys.T * call.scaling
+            logits = exact(call.query[0, one]) @ keys.T * call.softmax.scaling
             logits[:, : len(old_keys)] += exact(old_bias)
             logits[:, -queries:][future] = -np.inf
-            whole = exact(call.query[0, one]) @ exact(all_keys).T * call.scaling
+            whole = exact(call.query[0, one]) @ exact(all_keys).T * call.softmax.scaling
             whole[:, -queries:][future] = -np.inf
             unmerged = softmax(whole, axis=-1) @ exact(all_values)
             change = softmax(logits, axis=-1) @ values - unmerged
@@ -143,7 +143,7 @@ def test_budgets_merged_together_are_what_they_are_one_by_one(monkeypatch, readi
 def test_soft_caps_are_followed():
     model = tiny_model("gemma2", attention="eager", layer_types=["full_attention"] * 2)
     reading = readings_of(model, tiny_probe())[0]
-    assert reading.call.softcap == 4.0
+    assert reading.call.softmax.softcap == 4.0
     # At the full budget nothing may change; without the cap everything would.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BUDGETS", (0.5, 1.0))

@@ -113,11 +113,11 @@ def test_the_cache_holds_what_the_policy_makes_of_the_prompt(name):
         tokens = Tokens(
             call.key,
             call.value,
-            attention_mass(call.query, call.key, call.scaling, stride=MASS_STRIDE),
-            {size: window_mass(call.query, call.key, call.scaling, window=size) for size in (32, 128)},
+            attention_mass(call.query, call.key, call.softmax, stride=MASS_STRIDE),
+            {size: window_mass(call.query, call.key, call.softmax, window=size) for size in (32, 128)},
             0,
             prompt,
-            newest_queries(call.query, call.key, call.value, call.scaling, count=policy.queries or 1),
+            newest_queries(call.query, call.key, call.value, call.softmax, count=policy.queries or 1),
         ).oldest(prompt - recent)
         heavy = policy.protection.heavy_tokens(prompt)
         expected = merge_tokens(

@@ -26,9 +26,11 @@ def ignore(_layer: int, _call: AttentionCall, _output: Tensor) -> None:
 def probabilities(call: AttentionCall, keys: Tensor, window: int | None) -> Tensor:
     """Attention probabilities `(batch, heads, queries, tokens)` in float64, from what was observed."""
     group = call.query.shape[1] // keys.shape[1]
-    logits = call.query.double() @ keys.double().repeat_interleave(group, dim=1).transpose(-1, -2) * call.scaling
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = (
+        call.query.double() @ keys.double().repeat_interleave(group, dim=1).transpose(-1, -2) * call.softmax.scaling
+    )
+    if call.softmax.softcap is not None:
+        logits = call.softmax.softcap * torch.tanh(logits / call.softmax.softcap)
     tokens = torch.arange(keys.shape[2])
     distance = tokens[-call.query.shape[2] :, None] - tokens[None, :]
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)

@@ -7,6 +7,7 @@ from torch import Tensor
 from kvprofile.calibration import probe_attention as module
 from kvprofile.calibration.observe import observing
 from kvprofile.calibration.probe_attention import Surroundings, probe_attention
+from kvprofile.merging.softmax import Softmax
 from tests.unit.tiny_models import tiny_model, tiny_text
 
 TOKENS, QUERIES, WINDOW = 90, 12, 30
@@ -27,12 +28,12 @@ def plain(query: Tensor, key: Tensor, value: Tensor, around: Surroundings, seen:
     group = len(query) // len(key)
     keys = torch.cat([around.keys, key], dim=1).repeat_interleave(group, dim=0)
     values = torch.cat([around.values, value], dim=1).repeat_interleave(group, dim=0)
-    logits = query @ keys.transpose(-1, -2) * around.scaling
-    if around.softcap is not None:
-        logits = around.softcap * torch.tanh(logits / around.softcap)
+    logits = query @ keys.transpose(-1, -2) * around.softmax.scaling
+    if around.softmax.softcap is not None:
+        logits = around.softmax.softcap * torch.tanh(logits / around.softmax.softcap)
     logits = logits.masked_fill(~seen, -torch.inf)
-    if around.sinks is not None:
-        logits = torch.cat([logits, around.sinks.view(-1, 1, 1).expand(-1, QUERIES, 1)], dim=-1)
+    if around.softmax.sinks is not None:
+        logits = torch.cat([logits, around.softmax.sinks.view(-1, 1, 1).expand(-1, QUERIES, 1)], dim=-1)
     return (torch.softmax(logits, -1)[..., : values.shape[1]] @ values).transpose(0, 1)
 
 
@@ -63,9 +64,7 @@ def test_outputs_and_gradients_are_those_of_one_softmax(monkeypatch, case, piece
         drawn(kv_heads, TOKENS, 8, seed=4),
         drawn(kv_heads, TOKENS, 6, seed=5),
         {"nothing": None, "bool": seen, "added": added}[masked],
-        0.4,
-        softcap,
-        drawn(kv_heads * group, seed=6) if sinks else None,
+        Softmax(0.4, softcap, drawn(kv_heads * group, seed=6) if sinks else None),
     )
     weights = drawn(QUERIES, kv_heads * group, 6, seed=7)
     found, expected = probe_attention(*probe, around), plain(*probe, around, seen)
@@ -82,8 +81,8 @@ def test_half_precision_is_computed_in_single(dtype):
         drawn(heads, count, 8, seed=seed).to(dtype)
         for seed, (heads, count) in enumerate([(4, QUERIES), (2, QUERIES), (2, QUERIES), (2, TOKENS), (2, TOKENS)])
     )
-    around = Surroundings(keys, values, None, 0.4, None, None)
-    exact = Surroundings(keys.double(), values.double(), None, 0.4, None, None)
+    around = Surroundings(keys, values, None, Softmax(0.4))
+    exact = Surroundings(keys.double(), values.double(), None, Softmax(0.4))
     expected = plain(query.double(), key.double(), value.double(), exact, visible(None)).to(dtype)
     found = probe_attention(query, key, value, around)
     assert found.dtype == dtype

@@ -12,6 +12,7 @@ from kvprofile.calibration.hidden_states import watching_hidden
 from kvprofile.calibration.measure.coverage import MassCoverage
 from kvprofile.calibration.measure.hidden import AttentionChange
 from kvprofile.calibration.measure.window import BINS, WindowAttention, window_attention
+from kvprofile.merging.softmax import Softmax
 from tests.unit.tiny_models import MODELS, random_model, tiny_model, tiny_text
 
 HEADS, KV_HEADS, TOKENS, DIM = 4, 2, 70, 8
@@ -43,7 +44,7 @@ def attention_loop(query, key, newest, softcap=None, sinks=None):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_the_newest_queries_attention(softcap):
     query, key = random_call(0)
-    found = window_attention(query, key, SCALING, softcap=softcap)
+    found = window_attention(query, key, Softmax(SCALING, softcap=softcap))
     assert found.shape == (KV_HEADS, HEADS // KV_HEADS, 32, TOKENS)
     torch.testing.assert_close(
         found.flatten(0, 1).double(), attention_loop(query, key, 32, softcap), atol=1e-6, rtol=1e-5
@@ -53,14 +54,14 @@ def test_the_newest_queries_attention(softcap):
 def test_sinks_take_attention_from_every_token():
     query, key = random_call(0)
     sinks = torch.tensor([0.5, -1.0, 2.0, 3.0])
-    found = window_attention(query, key, SCALING, sinks=sinks)
+    found = window_attention(query, key, Softmax(SCALING, sinks=sinks))
     expected = attention_loop(query, key, 32, sinks=sinks.tolist())
     torch.testing.assert_close(found.flatten(0, 1).double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_short_text_keeps_tokens_before_its_window():
     query, key = random_call(0)
-    assert window_attention(query[:, :, :11], key[:, :, :11], SCALING).shape[2:] == (5, 11)
+    assert window_attention(query[:, :, :11], key[:, :, :11], Softmax(SCALING)).shape[2:] == (5, 11)
 
 
 def test_entropy_variance_and_scores_of_the_window():
@@ -68,7 +69,7 @@ def test_entropy_variance_and_scores_of_the_window():
     entropies, variances, scores = [], [], []
     for seed in range(2):
         query, key = random_call(seed)
-        window.update(1, window_attention(query, key, SCALING))
+        window.update(1, window_attention(query, key, Softmax(SCALING)))
         older = attention_loop(query, key, 32)[:, :, : TOKENS - 32].numpy()
         entropies.append(-sum(value * math.log(value) for value in older.ravel()))
         variances.append(
@@ -117,7 +118,7 @@ def test_workers_add_up_and_nothing_seen_is_nothing_said():
         return accumulator
 
     samples = {
-        WindowAttention: [(window_attention(query * scale, key, SCALING),) for scale in (1, 2, 3)],
+        WindowAttention: [(window_attention(query * scale, key, Softmax(SCALING)),) for scale in (1, 2, 3)],
         MassCoverage: [(torch.rand(2, 300, generator=torch.Generator().manual_seed(seed)),) for seed in range(3)],
         AttentionChange: [(hidden[0], hidden[1] + shift) for shift in range(3)],
     }

@@ -19,6 +19,7 @@ from kvprofile.merging.scores import (
     pooled,
     window_mass,
 )
+from kvprofile.merging.softmax import Softmax
 from kvprofile.merging.tokens import mean_attention
 from tests.unit.builders import WINDOWS, random_tokens
 from tests.unit.reference import PROPERTY, affinities, attention_weights, head_of, mass_of
@@ -52,7 +53,7 @@ def _expected(query, key, rows, softcap=None):
 def test_mass_is_the_column_sum_of_the_attention_matrix(*, seed, heads, queries, older, softcap, stride):
     batch, kv_heads, group = heads
     query, key = _inputs(seed, batch=batch, kv_heads=kv_heads, group=group, queries=queries, tokens=queries + older)
-    mass = attention_mass(query, key, SCALING, stride=stride, softcap=softcap)
+    mass = attention_mass(query, key, Softmax(SCALING, softcap=softcap), stride=stride)
     assert mass.dtype == torch.float32
     rows = [row for row in range(queries) if (queries - 1 - row) % stride == 0]
     expected = _expected(query, key, rows, softcap) * queries / len(rows)
@@ -75,14 +76,14 @@ def test_the_estimate_takes_every_16th_query_and_of_many_a_few_hundred(queries):
 def test_mass_over_several_blocks_of_queries(queries, stride):
     query, key = _inputs(3, kv_heads=1, group=2, queries=queries, tokens=160)
     rows = range(queries - 1, -1, -stride)
-    mass = attention_mass(query, key, SCALING, stride=stride).numpy()
+    mass = attention_mass(query, key, Softmax(SCALING), stride=stride).numpy()
     np.testing.assert_allclose(mass, _expected(query, key, rows) * queries / len(rows), rtol=1e-5, atol=1e-4)
 
 
 def test_sinks_take_their_part_of_every_query():
     query, key = _inputs(6, batch=2, kv_heads=2, group=2, queries=9, tokens=12)
     sinks = torch.tensor([0.3, -2.0, 1.5, 4.0])
-    mass = attention_mass(query, key, SCALING, stride=2, sinks=sinks).double().numpy()
+    mass = attention_mass(query, key, Softmax(SCALING, sinks=sinks), stride=2).double().numpy()
     expected = np.zeros(mass.shape)
     for row, head, asked in np.ndindex(2, 4, 5):
         seen = 2 * asked + 4
@@ -90,23 +91,25 @@ def test_sinks_take_their_part_of_every_query():
         weights = np.exp(logits)
         expected[row, head // 2, :seen] += weights / (weights.sum() + np.exp(sinks[head].item())) * 9 / 5
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-5)
-    everything = window_mass(query, key, SCALING, window=9, sinks=sinks)
-    torch.testing.assert_close(everything, pooled(attention_mass(query, key, SCALING, sinks=sinks)))
+    everything = window_mass(query, key, Softmax(SCALING, sinks=sinks), window=9)
+    torch.testing.assert_close(everything, pooled(attention_mass(query, key, Softmax(SCALING, sinks=sinks))))
 
 
 def test_a_strided_mass_is_the_mass_of_those_queries_alone():
     query, key = _inputs(4, queries=40, tokens=40)
-    strided = attention_mass(query, key, SCALING, stride=7)
-    alone = sum(attention_mass(query[:, :, row : row + 1], key[:, :, : row + 1], SCALING)[..., :1] for row in [4, 11])
+    strided = attention_mass(query, key, Softmax(SCALING), stride=7)
+    alone = sum(
+        attention_mass(query[:, :, row : row + 1], key[:, :, : row + 1], Softmax(SCALING))[..., :1] for row in [4, 11]
+    )
     # The oldest key is seen by every query: sum them one at a time, each as the newest of a shorter text.
     for row in (18, 25, 32, 39):
-        alone = alone + attention_mass(query[:, :, row : row + 1], key[:, :, : row + 1], SCALING)[..., :1]
+        alone = alone + attention_mass(query[:, :, row : row + 1], key[:, :, : row + 1], Softmax(SCALING))[..., :1]
     torch.testing.assert_close(strided[..., :1], alone * 40 / 6)
 
 
 def test_mass_takes_half_precision():
     query, key = (part.bfloat16() for part in _inputs(5, queries=20, tokens=20, sharpness=0.5))
-    mass = attention_mass(query, key, SCALING)
+    mass = attention_mass(query, key, Softmax(SCALING))
     assert mass.dtype == torch.float32
     expected = _expected(query.float(), key.float(), range(20))
     np.testing.assert_allclose(mass.numpy(), expected, rtol=0.02, atol=0.02)
@@ -124,7 +127,7 @@ def test_window_mass_is_the_newest_queries_pooled_over_neighbours(queries, token
     for token in range(tokens):
         near = [other for other in range(tokens) if abs(other - token) <= POOL // 2]
         expected[..., token] = sum(received[..., other] for other in near) / len(near)
-    found = window_mass(query, key, SCALING, window=window, softcap=softcap)
+    found = window_mass(query, key, Softmax(SCALING, softcap=softcap), window=window)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -242,7 +245,7 @@ def test_parts_of_the_tokens_keep_what_belongs_to_them(*, seed, tokens, position
 def test_the_mean_is_over_the_queries_that_could_look():
     # Every query looks alike at all that it can see.
     query, key = torch.zeros(1, 2, 200, 4), torch.randn(1, 2, 200, 4, generator=torch.Generator().manual_seed(1))
-    mass = attention_mass(query, key, SCALING)
+    mass = attention_mass(query, key, Softmax(SCALING))
     tokens = replace(random_tokens(0, count=200), keys=key, mass=mass, seen=200)
     expected = [sum(1 / seen for seen in range(token + 1, 201)) / (200 - token) for token in range(200)]
     np.testing.assert_allclose(mean_attention(tokens)[0, 0].numpy(), expected, rtol=1e-4)

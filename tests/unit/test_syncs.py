@@ -9,6 +9,7 @@ from kvprofile.merging.host import places_of, select, selector
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
 from kvprofile.merging.scores import attention_mass
+from kvprofile.merging.softmax import Softmax
 from tests.unit.builders import random_tokens
 
 
@@ -47,10 +48,10 @@ def test_slots_counted_on_the_host_need_no_question(gpu, name, position):
 def test_attention_received_is_added_up_without_a_question(gpu, stride):
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, heads, 90, 16, generator=generator) for heads in (4, 2))
-    expected = attention_mass(query, key, 0.3, stride=stride, sinks=torch.arange(4.0))
+    expected = attention_mass(query, key, Softmax(0.3, sinks=torch.arange(4.0)), stride=stride)
     far = query.to("cuda"), key.to("cuda"), torch.arange(4.0).to("cuda")
     gpu.forget()
-    found = attention_mass(far[0], far[1], 0.3, stride=stride, sinks=far[2])
+    found = attention_mass(far[0], far[1], Softmax(0.3, sinks=far[2]), stride=stride)
     assert not gpu.syncs
     assert torch.equal(found.cpu(), expected)
 

@@ -13,6 +13,7 @@ import torch
 from kvprofile import KVMerger
 from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import POLICIES
+from kvprofile.merging.softmax import Softmax
 from kvprofile.merging.tokens import Tokens, newest_queries
 from tests.unit.builders import random_tokens
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
@@ -32,7 +33,7 @@ def asked_by(group: int) -> Tokens:
     tokens = random_tokens(0, count=64, newer=QUERIES)
     assert tokens.queries is not None
     query = torch.randn(1, 2 * group, QUERIES, 4, generator=torch.Generator().manual_seed(group))
-    states = newest_queries(query, tokens.keys, tokens.values, 0.6, count=QUERIES).states
+    states = newest_queries(query, tokens.keys, tokens.values, Softmax(0.6), count=QUERIES).states
     return replace(tokens, queries=replace(tokens.queries, states=states))
 
 

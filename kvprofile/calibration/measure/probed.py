@@ -54,7 +54,7 @@ class Reading:
         for low in range(0, kv_heads, size):
             high = min(kv_heads, low + size)
             of_query = slice(low * group, high * group)
-            options, sinks = self.call.options, self.call.sinks
+            options, sinks = self.call.options, self.call.softmax.sinks
             if sinks is not None:
                 options = {**options, "s_aux": sinks[of_query]}
             call = replace(
@@ -98,16 +98,18 @@ class Probed:
         own = own.sub_(self.top).exp_()
         self.above = own @ call.value[0].float()
         self.below = own.sum(-1, keepdim=True)
-        if call.sinks is not None:
-            sinks = call.sinks.float().view(self.kv_heads, group, 1, 1).expand(-1, -1, queries, -1).flatten(1, 2)
+        if call.softmax.sinks is not None:
+            sinks = (
+                call.softmax.sinks.float().view(self.kv_heads, group, 1, 1).expand(-1, -1, queries, -1).flatten(1, 2)
+            )
             self.below = self.below + torch.exp(sinks - self.top)
         above, below = self.recent(0)
         self.exact = (self.above + above) / (self.below + below)
 
     def logits(self, keys: Tensor) -> Tensor:
         """Logits of the probe's queries over `keys` `(kv_heads, slots, head_dim)`."""
-        logits = (self.query @ keys.transpose(-1, -2)).mul_(self.call.scaling)
-        return logits if self.call.softcap is None else logits.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
+        softmax = self.call.softmax
+        return softmax.cap_((self.query @ keys.transpose(-1, -2)).mul_(softmax.scaling))
 
     def over(self, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of slots: `(kv_heads, slots, dim)`, `(kv_heads, slots, value_dim)`, `(kv_heads, slots)`."""

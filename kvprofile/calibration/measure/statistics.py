@@ -18,7 +18,7 @@ from kvprofile.calibration.measure.ratios import CompressionRatios
 from kvprofile.calibration.measure.window import WindowAttention, window_attention
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
-from kvprofile.merging.scores import attention_mass, mass_stride
+from kvprofile.merging.scores import estimated_mass
 from kvprofile.merging.sets import SET_RULES
 from kvprofile.merging.tokens import Tokens
 from kvprofile.runtime.attention import AttentionCall
@@ -67,7 +67,7 @@ class Measurements:
             self.key_mean.update(layer, keys)
         if mass is not None:
             self.coverage.update(layer, mass[0])
-            attention = window_attention(call.query, call.key, call.scaling, softcap=call.softcap, sinks=call.sinks)
+            attention = window_attention(call.query, call.key, call.softmax)
             self.window.update(layer, attention)
         if not self.ratios.rules:
             return
@@ -75,14 +75,7 @@ class Measurements:
         recent = protection.recent_tokens(tokens)
         heavy = protection.heavy_tokens(tokens)
         if heavy and mass is None:
-            mass = attention_mass(
-                call.query,
-                call.key,
-                call.scaling,
-                stride=mass_stride(call.query.shape[2]),
-                softcap=call.softcap,
-                sinks=call.sinks,
-            )
+            mass = estimated_mass(call.query, call.key, call.softmax)
         aged = Tokens(call.key, call.value, mass, {}, 0, tokens).oldest(tokens - recent)
         protected = protected_tokens(protection, aged, heavy)[0]
         self.ratios.update(layer, kind, aged.keys[0], protected, apart=recent)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvprofile.calibration.measure.moments import Moments
 from kvprofile.merging.scores import pooled
+from kvprofile.merging.softmax import Softmax
 
 WINDOW = 32  # newest queries, and tokens left out because they always stay
 BINS = 1024
@@ -64,23 +65,18 @@ class WindowAttention:
         }
 
 
-def window_attention(
-    query: Tensor, key: Tensor, scaling: float, *, softcap: float | None = None, sinks: Tensor | None = None
-) -> Tensor:
+def window_attention(query: Tensor, key: Tensor, softmax: Softmax) -> Tensor:
     """Attention of the newest queries, `(kv_heads, group, queries, tokens)` float32; at most half the tokens are queries.
 
-    `query` is `(1, heads, queries, head_dim)`, `key` `(1, kv_heads, tokens, head_dim)`; attention is causal. `sinks`
-    `(heads,)` are logits that join the softmax and stand for no token.
+    `query` is `(1, heads, queries, head_dim)`, `key` `(1, kv_heads, tokens, head_dim)`; attention is causal.
     """
     heads, kv_heads, tokens = query.shape[1], key.shape[1], key.shape[2]
     newest = min(WINDOW, tokens // 2)
     chosen = query[0, :, -newest:].unflatten(0, (kv_heads, heads // kv_heads))
-    logits = (chosen @ key[0, :, None].transpose(-1, -2)).float().mul_(scaling)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = softmax.cap_((chosen @ key[0, :, None].transpose(-1, -2)).float().mul_(softmax.scaling))
     positions = torch.arange(tokens, device=key.device)
     logits.masked_fill_(positions > positions[-newest:, None], -torch.inf)
-    if sinks is not None:
-        aside = sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, newest, -1)
+    if softmax.sinks is not None:
+        aside = softmax.sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, newest, -1)
         logits = torch.cat([logits, aside], dim=-1)
     return torch.softmax(logits, dim=-1)[..., :tokens]

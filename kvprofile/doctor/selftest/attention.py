@@ -78,9 +78,9 @@ def _reference(call: AttentionCall, slots: Slots, sinks: Tensor | None) -> Tenso
         old_keys, old_values, old_bias = (part[owner] for part in pieces)
         for asked in range(queries):
             seen = tail - queries + asked + 1
-            logits = torch.cat([old_keys, key[0, owner, :seen]]) @ query[0, head, asked] * call.scaling
-            if call.softcap is not None:
-                logits = call.softcap * torch.tanh(logits / call.softcap)
+            logits = torch.cat([old_keys, key[0, owner, :seen]]) @ query[0, head, asked] * call.softmax.scaling
+            if call.softmax.softcap is not None:
+                logits = call.softmax.softcap * torch.tanh(logits / call.softmax.softcap)
             logits[: len(old_bias)] += old_bias
             if sinks is not None:
                 logits = torch.cat([logits, sinks[head, None].double().cpu()])
