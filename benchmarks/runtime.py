@@ -40,7 +40,7 @@ LONG = 4096  # past this length: one prefill, batch 1, the first model, budgets 
 class Bench:
     """A model with a merger attached for every budget, its stock attention still at hand."""
 
-    def __init__(self, name: str, budgets: list[float]) -> None:
+    def __init__(self, name: str, budgets: list[float], codec: str) -> None:
         loaded = kvprofile.load_model(name)
         path = PROFILES / f"{name}.json"
         profile = kvprofile.load_profile(path)
@@ -49,7 +49,9 @@ class Bench:
         self.model: PreTrainedModel = loaded.model
         self.stock = self.model.config._attn_implementation
         self.mergers = {
-            budget: kvprofile.KVMerger.from_profile(replan(profile, damage, budget, measured=arrays)).attach(self.model)
+            budget: kvprofile.KVMerger.from_profile(
+                replan(profile, damage, budget, measured=arrays, codec=codec), arrays=arrays
+            ).attach(self.model)
             for budget in budgets
         }
         self.ours = self.model.config._attn_implementation
@@ -156,15 +158,15 @@ def decode(bench: Bench, caches: dict[Any, Any], length: int, batch: int, repeat
     ]
 
 
-def peak(name: str, cache: str, length: int) -> int:
+def peak(name: str, cache: str, length: int, codec: str) -> int:
     """Bytes of resident memory a prefill needs at its peak, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, cache, str(length)]
+    command = [sys.executable, __file__, "--codec", codec, "--peak", name, cache, str(length)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | RETURNING)
     return int(done.stdout)
 
 
-def measure_peak(name: str, cache: str, length: int) -> None:
-    bench = Bench(name, [] if cache == "stock" else [float(cache)])
+def measure_peak(name: str, cache: str, length: int, codec: str) -> None:
+    bench = Bench(name, [] if cache == "stock" else [float(cache)], codec)
     own = bench.names[-1]
     bench.read(own, bench.cache(own), bench.tokens(16))
     gc.collect()
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8000])
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--codec", default="none", help="how slots are stored, as kvprofile plan --codec")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path, default=Path("runtime.json"))
     parser.add_argument("--peak", nargs=3, metavar=("MODEL", "CACHE", "LENGTH"), help=argparse.SUPPRESS)
@@ -192,11 +195,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     if arguments.peak:
         name, cache, length = arguments.peak
-        measure_peak(name, cache, int(length))
+        measure_peak(name, cache, int(length), arguments.codec)
         return
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
-        bench = Bench(name, arguments.budgets)
+        bench = Bench(name, arguments.budgets, arguments.codec)
         for length in arguments.lengths:
             if length > LONG and name != arguments.models[0]:
                 continue
@@ -215,7 +218,10 @@ def main() -> None:
         gc.collect()
         length = min(max(arguments.lengths), LONG)
         budgets = [str(budget) for budget in arguments.budgets if budget < 1]
-        rounds = [{cache: peak(name, cache, length) for cache in ("stock", *budgets)} for _ in range(arguments.repeats)]
+        rounds = [
+            {cache: peak(name, cache, length, arguments.codec) for cache in ("stock", *budgets)}
+            for _ in range(arguments.repeats)
+        ]
         stock = median(one["stock"] for one in rounds)
         for budget in budgets:
             row = {"model": name, "what": "peak", "length": length, "budget": float(budget), "stock_mib": stock / 2**20}
