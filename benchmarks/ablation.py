@@ -30,7 +30,7 @@ from kvprofile.merging.combine import Combination
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.merging.protect import Protection
 from kvprofile.models.load import LoadedModel
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 UNIFORM, DAMAGE = "uniform", "by damage"
 

@@ -22,7 +22,8 @@ def worker(kind: str, model_name: str, samples: int, tokens: int) -> None:
     import torch
 
     import kvprofile
-    from kvprofile.calibration.calibrate import CANDIDATES, MEASURED_CODECS, measure
+    from kvprofile.calibration.calibrate import CANDIDATES, MEASURED_CODECS
+    from kvprofile.calibration.measuring import measure
     from kvprofile.merging.sets import SET_RULES
 
     loaded = kvprofile.load_model(model_name)

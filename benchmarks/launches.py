@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from kvprofile import KVMerger
-from kvprofile.calibration.calibrate import CANDIDATES, measure
+from kvprofile.calibration.calibrate import CANDIDATES
+from kvprofile.calibration.measuring import measure
 from kvprofile.models.load import LoadedModel
 from kvprofile.runtime.settings import CHUNK
 from kvprofile.samples import Sample

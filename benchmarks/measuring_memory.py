@@ -21,7 +21,7 @@ from shared.tables import table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvprofile.calibration.calibrate import measure
+from kvprofile.calibration.measuring import measure
 from kvprofile.calibration.observe import Observer
 from kvprofile.models.load import LoadedModel
 from kvprofile.samples import Sample

@@ -23,7 +23,7 @@ from kvprofile.evaluate.methods import Method, profile_methods
 from kvprofile.evaluate.tables import main_table
 from kvprofile.merging.policies import POLICIES
 from kvprofile.models.load import LoadedModel
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 
 def methods_of(loaded: LoadedModel, profile: Profile, arguments: argparse.Namespace) -> list[Method]:

@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvprofile
-from kvprofile.calibration.calibrate import CANDIDATES, measure
+from kvprofile.calibration.calibrate import CANDIDATES
+from kvprofile.calibration.measuring import measure
 from kvprofile.calibration.planting import Question, plant
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.evaluate.fidelity import distance, fill, make_trial, read_parts

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from kvprofile.generation import generate
     from kvprofile.models.load import load_model
     from kvprofile.planning.plans import replan
-    from kvprofile.profile.schema import Profile
+    from kvprofile.profile.profile import Profile
     from kvprofile.profile.storage import load_arrays, load_profile, save_profile
     from kvprofile.runtime.merger import KVMerger
     from kvprofile.samples import load_documents, make_samples
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Names are imported when first used: `import kvprofile` and `kvprofile --help` load no torch.
 _HOMES = {
     "KVMerger": "kvprofile.runtime.merger",
-    "Profile": "kvprofile.profile.schema",
+    "Profile": "kvprofile.profile.profile",
     "calibrate": "kvprofile.calibration.calibrate",
     "generate": "kvprofile.generation",
     "load_arrays": "kvprofile.profile.storage",

@@ -13,7 +13,7 @@ from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.device_memory import explaining_memory
 from kvprofile.models.offloading import input_device
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 DOCS = Path(__file__).parent.parent / "docs"
 PATH = DOCS / "profile.schema.json"

@@ -19,7 +19,14 @@ def execute(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
     client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
     for cell in notebook.cells:
         cell.metadata = nbformat.NotebookNode()  # when each cell ran is noise
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not of_an_installation(output)]
     return notebook
+
+
+def of_an_installation(output: nbformat.NotebookNode) -> bool:
+    """Whether a library says on stderr what its own installation lacks: that is this machine's, and holds paths."""
+    return output.get("name") == "stderr" and "site-packages" in output.text
 
 
 if __name__ == "__main__":

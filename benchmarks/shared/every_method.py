@@ -14,7 +14,7 @@ from kvprofile.evaluate.results import results_of, write_results
 from kvprofile.evaluate.rows import open_store
 from kvprofile.evaluate.run import Choices, facts_of, make_documents
 from kvprofile.models.load import LoadedModel
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 OWN = "the profile's plan"
 

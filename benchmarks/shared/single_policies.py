@@ -33,7 +33,8 @@ from kvprofile.merging.sets import SET_RULES, find_sets, mergeable_links
 from kvprofile.merging.tokens import Tokens
 from kvprofile.models.load import LoadedModel
 from kvprofile.planning.plans import replan
-from kvprofile.profile.schema import PolicyFacts, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import PolicyFacts
 from kvprofile.samples import Sample
 
 FINE = np.append(np.arange(6, 231) / 256, 0.9)  # the grid of shares on which heads differ in what they have to keep

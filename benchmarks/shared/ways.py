@@ -18,7 +18,7 @@ from kvprofile.evaluate.fidelity import Trial, distance, fill, read_parts
 from kvprofile.evaluate.filled import Filled
 from kvprofile.evaluate.rows import Row, Store, digest, identity
 from kvprofile.models.load import LoadedModel
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 from shared import whole_cache

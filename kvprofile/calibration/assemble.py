@@ -21,7 +21,8 @@ from kvprofile.calibration.runs import Run
 from kvprofile.merging.policies import POLICIES
 from kvprofile.names import NO_CODEC
 from kvprofile.planning.plans import make_plan
-from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Profile, Statistics
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Statistics
 
 
 def make_profile(

@@ -123,7 +123,7 @@ class _Predicted:
 
     def cost(self, budget: float) -> float:
         """Predicted KL in nats per token."""
-        from kvprofile.planning.plans import total
+        from kvprofile.planning.solver import total
 
         return 0.0 if budget >= 1 else total(self.solver.decide(budget)) or 0.0
 

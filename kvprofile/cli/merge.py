@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from kvprofile.calibration.measure.statistics import Measurements
     from kvprofile.calibration.runs import Run
-    from kvprofile.profile.schema import Profile
+    from kvprofile.profile.profile import Profile
 
 
 @click.command(short_help="Join the shards of a calibration.")

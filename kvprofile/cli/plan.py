@@ -22,7 +22,7 @@ from kvprofile.errors import UsageError
 from kvprofile.names import POLICY_NAMES
 
 if TYPE_CHECKING:
-    from kvprofile.profile.schema import Profile
+    from kvprofile.profile.profile import Profile
 
 
 @click.command()

@@ -16,7 +16,8 @@ from kvprofile.evaluate.fidelity import Distance, Trial, distance, make_trial, r
 from kvprofile.evaluate.intervals import bootstrap
 from kvprofile.models.device_memory import explaining_memory
 from kvprofile.planning.plans import replan
-from kvprofile.profile.schema import Achieved, Check, Fidelity, ModeCheck, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import Achieved, Check, Fidelity, ModeCheck
 from kvprofile.runtime.cache import allocated_bytes
 from kvprofile.runtime.merger import KVMerger
 from kvprofile.samples import Sample

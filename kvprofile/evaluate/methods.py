@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvprofile.merging.policies import POLICIES, Policy
 from kvprofile.planning.plans import replan
 from kvprofile.profile.measured_arrays import centring
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.profile.unmeasured import UNSAID
 
 FULL = "full cache"

@@ -22,7 +22,7 @@ MAKERS = tuple(
     f"kvprofile.{name}"
     for name in (
         *("models.gguf", "models.names", "models.load", "samples", "calibration.planting", "evaluate.tasks"),
-        *("planning", "profile.schema"),
+        *("planning", "profile.profile", "profile.schema"),
         *("errors", "evaluate.rows", "files", "calibration.tracking"),
     )
 )

@@ -18,7 +18,7 @@ from kvprofile.models.context_length import beyond_context, longest_text
 from kvprofile.models.load import LoadedModel
 from kvprofile.profile.fingerprint import model_facts
 from kvprofile.profile.measured_arrays import centring
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.profile.storage import load_arrays, load_profile
 from kvprofile.samples import Sample, load_documents, make_samples
 from kvprofile.samples.builtin import SHARES

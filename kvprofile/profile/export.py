@@ -4,7 +4,7 @@ import json
 
 from kvprofile.errors import UsageError
 from kvprofile.planning.objectives import codec_curves
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 _ROUNDING = 1e-6
 

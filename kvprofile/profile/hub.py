@@ -14,7 +14,7 @@ from kvprofile.models.names import HUB_ID, Source
 from kvprofile.profile.places import PREFIX, locate
 
 if TYPE_CHECKING:
-    from kvprofile.profile.schema import Profile
+    from kvprofile.profile.profile import Profile
 
 FILE = "profile.json"
 INSTEAD = "or give the file of a profile instead"

@@ -9,7 +9,7 @@ from kvprofile.errors import KVProfileError
 if TYPE_CHECKING:
     import numpy as np
 
-    from kvprofile.profile.schema import Profile
+    from kvprofile.profile.profile import Profile
 
 # Sizes that no field of the profile states; the same letter means the same size wherever it stands.
 SHAPES: dict[str, tuple[str, ...]] = {

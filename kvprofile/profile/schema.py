@@ -1,24 +1,15 @@
-"""The profile: what calibration found out and what the runtime applies, as JSON a person can read."""
+"""The blocks of a profile: what calibration found out and what the runtime applies. `profile.py` has the whole."""
 
-import json
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kvprofile import names
-from kvprofile.errors import KVProfileError
-from kvprofile.files import atomic_write
-from kvprofile.profile.fingerprint import check_fit
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from kvprofile.report.style import Plot
+    pass
 
 SCHEMA_VERSION: Literal[2] = 2
-LINE = 160  # characters of an object that is written on one line
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -32,11 +23,13 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Foreign = Annotated[str, Field(pattern="^x-[a-z0-9-]+$")]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Every block: nothing unknown, no conversion, only finite numbers, and no change."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class Created(_Strict):
+class Created(Strict):
     """When and how the profile was made: the only block that differs between two runs of the same command."""
 
     time: str = Field(description="UTC, ISO 8601")
@@ -48,7 +41,7 @@ class Created(_Strict):
     transformers: str
 
 
-class ModelFacts(_Strict):
+class ModelFacts(Strict):
     """The model the profile belongs to."""
 
     name: str
@@ -69,7 +62,7 @@ class ModelFacts(_Strict):
         return [index for index, kind in enumerate(self.attention) if kind == "full_attention"]
 
 
-class TextFacts(_Strict):
+class TextFacts(Strict):
     """Which text was read."""
 
     samples: Count
@@ -77,7 +70,7 @@ class TextFacts(_Strict):
     kinds: dict[str, Count] = Field(description="samples of each kind of text")
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """How the statistics were measured."""
 
     text: str
@@ -89,7 +82,7 @@ class Calibration(_Strict):
     held_out: TextFacts
 
 
-class ProtectionFacts(_Strict):
+class ProtectionFacts(Strict):
     """Tokens that always keep a slot of their own."""
 
     first: Count
@@ -98,7 +91,7 @@ class ProtectionFacts(_Strict):
     heavy_share: Share
 
 
-class CombinationFacts(_Strict):
+class CombinationFacts(Strict):
     """How a set becomes a slot."""
 
     weights: names.Weights | Foreign
@@ -111,7 +104,7 @@ class CombinationFacts(_Strict):
     )
 
 
-class PolicyFacts(_Strict):
+class PolicyFacts(Strict):
     """Which tokens are protected, which give up their slots first, and what becomes of them."""
 
     affinity: names.Affinity | Foreign
@@ -130,7 +123,7 @@ class PolicyFacts(_Strict):
         return self
 
 
-class LayerStatistics(_Strict):
+class LayerStatistics(Strict):
     """Compression ratio of every head at every threshold, under the policy."""
 
     layer: int
@@ -138,7 +131,7 @@ class LayerStatistics(_Strict):
     ratio_std: list[list[Share]] = Field(description="the same: sample standard deviation over samples")
 
 
-class Persistence(_Strict):
+class Persistence(Strict):
     """Where the compression ratio varies, at one common threshold: standard deviations of the ratio."""
 
     threshold: Number
@@ -152,7 +145,7 @@ class Persistence(_Strict):
     rank_correlation: Number | None = Field(description="of the layers' ratios between kinds of text, the lowest pair")
 
 
-class DamageFacts(_Strict):
+class DamageFacts(Strict):
     """How damage was measured; the curves lie in the arrays file as `damage_mean` and `damage_std`."""
 
     policies: list[str]
@@ -186,7 +179,7 @@ class DamageFacts(_Strict):
             raise ValueError("statistics.damage.codec_shares must rise above 0 and up to 1")
 
 
-class Arrays(_Strict):
+class Arrays(Strict):
     """The file with the big arrays: similarity maps, histograms, ratios of every rule."""
 
     file: str = Field(description="its bare name: it lies beside the profile")
@@ -202,7 +195,7 @@ class Arrays(_Strict):
         return name
 
 
-class Statistics(_Strict):
+class Statistics(Strict):
     """What was measured."""
 
     rule: names.SetRule = Field(description="the set rule whose ratios these are")
@@ -214,7 +207,7 @@ class Statistics(_Strict):
     arrays: Arrays | None
 
 
-class HeadPlan(_Strict):
+class HeadPlan(Strict):
     """One KV head's part of the plan."""
 
     policy: str = Field(description="a name from `policies`")
@@ -228,7 +221,7 @@ class HeadPlan(_Strict):
     codec_damage: Number | None = Field(default=None, description="the part of the damage that the codecs do")
 
 
-class LayerPlan(_Strict):
+class LayerPlan(Strict):
     """One layer's part of the plan."""
 
     layer: int
@@ -237,7 +230,7 @@ class LayerPlan(_Strict):
     heads: list[HeadPlan]
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """What the runtime does."""
 
     budget: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -283,7 +276,7 @@ class Plan(_Strict):
         ]
 
 
-class Fidelity(_Strict):
+class Fidelity(Strict):
     """Next-token distributions with the merged cache against the full cache; intervals are 95% bootstrap over samples."""
 
     recall_kl: Number = Field(description="nats per token; passages of the context repeated")
@@ -294,7 +287,7 @@ class Fidelity(_Strict):
     continuation_top1: Share
 
 
-class Achieved(_Strict):
+class Achieved(Strict):
     """Slots over tokens on held-out samples."""
 
     mean: Number
@@ -302,14 +295,14 @@ class Achieved(_Strict):
     worst: Number = Field(description="the sample furthest from the budget")
 
 
-class ModeCheck(_Strict):
+class ModeCheck(Strict):
     """One way of running the plan, measured."""
 
     achieved: Achieved
     fidelity: Fidelity
 
 
-class Check(_Strict):
+class Check(Strict):
     """Measured on held-out samples, through the runtime."""
 
     threshold: ModeCheck | None = Field(description="null where a policy of the plan has no thresholds")
@@ -319,174 +312,3 @@ class Check(_Strict):
     bytes_ratio: Number = Field(
         description="bytes allocated by the merged cache over the full cache's, in the plan's mode"
     )
-
-
-class Profile(_Strict):
-    """A calibrated profile. `load_profile` reads one, `save` writes one.
-
-    In a notebook it shows itself. What needs the arrays (`replan`, `plot_similarity`, the whole `report`) reads them from
-    beside the file it was read from or saved to.
-    """
-
-    schema_version: Literal[2]
-    created: Created
-    model: ModelFacts
-    calibration: Calibration
-    policies: dict[str, PolicyFacts]
-    statistics: Statistics
-    plan: Plan
-    check: Check | None
-
-    _path: Path | None = PrivateAttr(None)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        """Shapes agree: every list that should have one entry per layer, head or threshold has it."""
-        facts, thresholds = self.model, self.statistics.thresholds
-        if len(facts.attention) != facts.layers:
-            raise ValueError(f"model.attention has {len(facts.attention)} entries for {facts.layers} layers")
-        if sorted(thresholds) != thresholds:
-            raise ValueError("statistics.thresholds must rise")
-        if [entry.layer for entry in self.statistics.layers] != list(range(facts.layers)):
-            raise ValueError(f"statistics.layers must list layers 0 to {facts.layers - 1} in order")
-        for entry in self.statistics.layers:
-            for name in ("ratio", "ratio_std"):
-                curves = getattr(entry, name)
-                if [len(curve) for curve in curves] != [len(thresholds)] * facts.kv_heads:
-                    raise ValueError(
-                        f"statistics.layers[{entry.layer}].{name} is not {facts.kv_heads} x {len(thresholds)}"
-                    )
-        if self.statistics.policy not in self.policies:
-            raise ValueError(f"statistics.policy names the unknown policy {self.statistics.policy!r}")
-        if [entry.layer for entry in self.plan.layers] != facts.full_attention_layers():
-            raise ValueError(f"plan.layers must list the full-attention layers {facts.full_attention_layers()}")
-        for layer in self.plan.layers:
-            if len(layer.heads) != facts.kv_heads:
-                raise ValueError(f"plan.layers[{layer.layer}] has {len(layer.heads)} heads, not {facts.kv_heads}")
-            unknown = {head.policy for head in layer.heads} - set(self.policies)
-            if unknown:
-                raise ValueError(f"plan.layers[{layer.layer}] names unknown policies {sorted(unknown)}")
-        if self.plan.mode == "threshold" and (lacking := self.plan.without_thresholds()):
-            raise ValueError(f"plan.mode is threshold, and in layers {lacking} merged heads have no epsilon")
-        if (damage := self.statistics.damage) is not None:
-            if strangers := set(damage.policies) - set(self.policies):
-                raise ValueError(f"statistics.damage names unknown policies {sorted(strangers)}")
-            if sorted(set(damage.budgets)) != damage.budgets or not all(0 < share < 1 for share in damage.budgets):
-                raise ValueError("statistics.damage.budgets must rise between 0 and 1")
-            if len(set(damage.policies)) < len(damage.policies) or len(set(damage.kinds)) < len(damage.kinds):
-                raise ValueError("statistics.damage names a policy or a kind twice")
-            if not damage.policies or not damage.budgets or not damage.kinds:
-                raise ValueError("statistics.damage names no policy, budget or kind; null says that none was measured")
-            damage.check_codecs()
-        return self
-
-    def to_json(self) -> str:
-        """The file's text: one list of numbers or one head a line, keys in the order of the schema, a newline at the end."""
-        return _collapse(json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
-
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the profile atomically. Raises KVProfileError if the file exists and `force` is off."""
-        path = Path(path)
-        if path.exists() and not force:
-            raise KVProfileError(f"{path} exists; give --force to replace it, or another -o")
-        atomic_write(path, self.to_json())
-        return path
-
-    def at(self, path: str | Path) -> Self:
-        """The same profile, knowing that it lies at `path`, with its arrays beside it."""
-        placed = self.model_copy()
-        placed._path = Path(path)
-        return placed
-
-    def arrays(self) -> dict[str, "np.ndarray"]:
-        """The big arrays: similarity maps, histograms, damage curves. Raises KVProfileError where they are not at hand."""
-        from kvprofile.profile.storage import load_arrays
-
-        if self._path is None:
-            raise KVProfileError(
-                "this profile lies in no file, so it has no arrays beside it; save it with save_profile"
-            )
-        return load_arrays(self, self._path)
-
-    def replan(self, budget: float | None = None, *, bytes: float | None = None, **choices: str) -> "Profile":
-        """The same profile with a plan for another budget, or other bytes; `choices` are those of `kvprofile.replan`.
-
-        Raises as `kvprofile.replan` does, and KVProfileError where the arrays are not at hand.
-        """
-        from kvprofile.planning.plans import replan
-
-        arrays = {} if self.statistics.arrays is None else self.arrays()
-        return replan(self, arrays.get("damage_mean"), budget, bytes=bytes, measured=arrays, **choices)
-
-    def plot_similarity(self, layer: int, head: int = 0) -> "Plot":
-        """How alike a head's keys are, token by token. Raises UsageError for a layer or head the model does not have."""
-        from kvprofile.report.html import make_subject
-        from kvprofile.report.similarity import similarity_maps
-
-        subject = make_subject(self.model.name, self, self.arrays(), layers=[layer], heads=[head])
-        return similarity_maps(self.arrays()["similarity_map"], subject.chosen, self.calibration.measured.tokens, 380)
-
-    def plot_plan(self) -> "Plot":
-        """Share of slots that every layer and head keeps."""
-        from kvprofile.report.plan_maps import slots_map
-        from kvprofile.report.style import WIDE
-
-        return slots_map(self, WIDE)
-
-    def plot_ratios(self) -> "Plot":
-        """Compression ratio of every layer against the threshold."""
-        from kvprofile.report.curves import ratio_curves
-        from kvprofile.report.style import WIDE
-
-        return ratio_curves(self, WIDE)
-
-    def report(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the report, one HTML page. Raises KVProfileError if the file exists and `force` is off."""
-        from kvprofile.report.html import make_subject, write_report
-
-        arrays = None if self._path is None or self.statistics.arrays is None else self.arrays()
-        return write_report([make_subject(Path(path).stem, self, arrays)], Path(path), force=force)
-
-    def __repr__(self) -> str:
-        from kvprofile.report.verdict import verdict
-
-        facts = self.model
-        return (
-            f"<Profile of {facts.name}, {facts.layers} layers x {facts.kv_heads} KV heads. {' '.join(verdict(self))}>"
-        )
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        from kvprofile.report.html import card_html
-
-        return card_html(self)
-
-    def __eq__(self, other: object) -> bool:
-        """Profiles are equal that say the same, wherever they lie."""
-        return isinstance(other, Profile) and self.__dict__ == other.__dict__
-
-    __hash__ = None  # type: ignore[assignment]  # it holds lists
-
-    def attention_layers(self) -> list[int]:
-        """Indices of the full-attention layers: the ones that are merged."""
-        return self.model.full_attention_layers()
-
-    def check_model(self, facts: dict[str, Any]) -> None:
-        """Raise MismatchError unless the profile was made for a model with these `fingerprint.model_facts`."""
-        check_fit(self.model.name, self.model.model_dump(), facts)
-
-
-def _collapse(text: str) -> str:
-    """Put every innermost list of numbers, and every innermost object that is short, on one line.
-
-    Line breaks never occur inside JSON strings. A large model has 130,000 numbers: a space after each would be a tenth of
-    the file.
-    """
-
-    def on_one_line(found: re.Match[str]) -> str:
-        line = "{" + re.sub(r",\n\s*", ", ", found.group(1)) + "}"
-        return line if len(line) <= LINE else found.group(0)
-
-    text = re.sub(r"\[\n\s*([^\[\]{}\"]+?)\n\s*\]", lambda m: "[" + re.sub(r",\s+", ",", m.group(1)) + "]", text)
-    return re.sub(r"\{\n\s*([^\[\]{}]+?)\n\s*\}", on_one_line, text)

@@ -13,7 +13,8 @@ from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import atomic_write, lies_at, read_bytes
 from kvprofile.profile.measured_arrays import check_arrays
 from kvprofile.profile.places import locate, shipped
-from kvprofile.profile.schema import SCHEMA_VERSION, Arrays, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import SCHEMA_VERSION, Arrays
 
 if TYPE_CHECKING:
     import numpy as np

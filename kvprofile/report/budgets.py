@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.files import lies_at
-from kvprofile.planning.plans import solver_of, total
+from kvprofile.planning.plans import solver_of
+from kvprofile.planning.solver import total
 from kvprofile.profile.places import locate
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.profile.storage import load_arrays
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.heads import common_threshold, seen_layers
 from kvprofile.report.measured import measured_damage, own_check

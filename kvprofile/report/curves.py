@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from kvprofile.profile.schema import ModeCheck, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import ModeCheck
 from kvprofile.report.budgets import Cost
 from kvprofile.report.heads import Arrays, common_threshold, seen_layers
 from kvprofile.report.measured import measured_damage, own_check

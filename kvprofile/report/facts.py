@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.report.numbers import count, duration, number
 from kvprofile.report.plan_words import asked
 

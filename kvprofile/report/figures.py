@@ -7,7 +7,7 @@ from pathlib import Path
 from kvprofile.errors import KVProfileError
 from kvprofile.files import atomic_write
 from kvprofile.names import NO_CODEC
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.curves import damage_curve, distance_curves, ratio_curves
 from kvprofile.report.heads import Arrays, seen_layers

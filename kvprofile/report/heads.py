@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprofile.planning.objectives import OBJECTIVES
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 SHOWN = 6  # similarity maps
 

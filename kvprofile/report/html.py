@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from kvprofile.errors import KVProfileError, MismatchError, UsageError
 from kvprofile.files import atomic_write
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.profile.storage import load_profile
 from kvprofile.report import captions
 from kvprofile.report.budgets import BYTES, arrays_beside, costs, merged_bytes

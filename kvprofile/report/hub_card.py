@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.report.budgets import costs
 from kvprofile.report.plan_words import kept
 from kvprofile.report.verdict import verdict

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.report.budgets import Cost
 from kvprofile.report.measured import kinds_of, measured_damage, own_check
 from kvprofile.report.numbers import number, rough

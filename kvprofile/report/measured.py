@@ -1,7 +1,8 @@
 """What the check measured, read off the profile."""
 
 from kvprofile.planning.objectives import OBJECTIVES
-from kvprofile.profile.schema import Fidelity, ModeCheck, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import Fidelity, ModeCheck
 
 
 def own_check(profile: Profile) -> ModeCheck:

@@ -15,7 +15,8 @@ from kvprofile.planning.by_damage import policy_choices
 from kvprofile.planning.choices import lower_envelope
 from kvprofile.planning.evidence import protected_share
 from kvprofile.planning.objectives import OBJECTIVES, damage_curves
-from kvprofile.profile.schema import Plan, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import Plan
 from kvprofile.report.budgets import BYTES
 from kvprofile.report.figures import Subject
 from kvprofile.report.heads import median_cosine

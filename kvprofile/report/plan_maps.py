@@ -12,7 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from kvprofile.names import NO_CODEC
-from kvprofile.profile.schema import HeadPlan, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import HeadPlan
 from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot, part
 
 Colour = tuple[float, ...]

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvprofile.profile.schema import HeadPlan, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import HeadPlan
 from kvprofile.report.plan_words import asked, codecs_of, kept
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from kvprofile.profile.schema import Fidelity, Plan, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import Fidelity, Plan
 from kvprofile.report.budgets import Cost
 from kvprofile.report.judgement import judge, prediction_remark
 from kvprofile.report.measured import kinds_of, measured_damage, own_check

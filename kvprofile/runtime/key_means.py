@@ -9,7 +9,7 @@ from torch import Tensor
 from kvprofile.codecs.table import CODECS
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.profile.measured_arrays import UNCENTRED
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kvprofile.errors import KVProfileError
 from kvprofile.profile.fingerprint import check_fit, model_facts
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.profile.storage import load_profile, profile_of
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.cache import MergedCache

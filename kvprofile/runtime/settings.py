@@ -13,7 +13,8 @@ from kvprofile.errors import MismatchError, UsageError
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import Protection
 from kvprofile.names import MODES, NO_CODEC
-from kvprofile.profile.schema import LayerPlan, PolicyFacts, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import LayerPlan, PolicyFacts
 from kvprofile.runtime.backends.table import check_backend
 from kvprofile.runtime.key_means import key_means
 

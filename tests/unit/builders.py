@@ -10,7 +10,8 @@ from kvprofile.merging.policies import Policy
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.softmax import Softmax
 from kvprofile.merging.tokens import Tokens, newest_queries
-from kvprofile.profile.schema import SCHEMA_VERSION, PolicyFacts, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import SCHEMA_VERSION, PolicyFacts
 from kvprofile.runtime.shelf import Shelf
 from kvprofile.runtime.state import LayerState
 

@@ -14,7 +14,8 @@ from kvprofile.codecs.table import CODECS
 from kvprofile.errors import MismatchError, UsageError
 from kvprofile.planning.plans import make_plan, replan
 from kvprofile.planning.sizes import NOTHING, Sizes, sizes_of
-from kvprofile.profile.schema import DamageFacts, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import DamageFacts
 from tests.unit.conftest import run
 from tests.unit.reference import PROPERTY
 from tests.unit.test_plans import BUDGETS, NAMES, TOKENS, damage_of, damaged, heads_of

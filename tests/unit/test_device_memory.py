@@ -141,7 +141,7 @@ def test_finished_samples_are_kept_and_resumed(tiny_folder, tiny_text_file, tmp_
     output = tmp_path / "p.json"
     command = ("calibrate", tiny_folder, "--data", tiny_text_file, "-o", output, *SIZE)
     with monkeypatch.context() as patched:
-        patched.setattr("kvprofile.calibration.calibrate.read_probe", failing(read_probe, ERRORS["CUDA"], 2))
+        patched.setattr("kvprofile.calibration.measuring.read_probe", failing(read_probe, ERRORS["CUDA"], 2))
         told = ("measuring a sample of 256 tokens", "lower --tokens", "--dtype", "--device-map auto", "--resume")
         refused(run(*command), 1, *told)
     assert len(sample_files(partial_path(output))) == 2

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kvprofile import KVMerger
-from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate
+from kvprofile.calibration.measuring import measure
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.evaluate.bench import run_fidelity
 from kvprofile.evaluate.methods import Method

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate
+from kvprofile.calibration.measuring import measure
 from kvprofile.models.load import LoadedModel
 from tests.pretend_cuda import on_cuda, over_two
 from tests.unit.test_half_precision import MIX, loaded, samples

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvprofile import KVMerger
-from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate
+from kvprofile.calibration.measuring import measure
 from kvprofile.digests import weights_digest
 from kvprofile.errors import KVProfileError
 from kvprofile.evaluate.bench import run_fidelity

@@ -11,7 +11,8 @@ from kvprofile.names import GRANULARITIES
 from kvprofile.planning.allocate import allocate
 from kvprofile.planning.plans import make_plan, replan
 from kvprofile.planning.solve import solve
-from kvprofile.profile.schema import DamageFacts, PolicyFacts, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import DamageFacts, PolicyFacts
 from tests.unit.builders import THRESHOLDS, build_profile
 
 BUDGETS = [0.1, 0.2, 0.4, 0.8]

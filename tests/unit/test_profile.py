@@ -16,7 +16,8 @@ from kvprofile.calibration.measure.ratios import THRESHOLDS as RATIO_THRESHOLDS
 from kvprofile.errors import KVProfileError, MismatchError
 from kvprofile.files import atomic_write, sha256_of
 from kvprofile.profile.fingerprint import difference, model_facts
-from kvprofile.profile.schema import ModelFacts, Profile
+from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import ModelFacts
 from kvprofile.profile.storage import load_arrays, load_profile, save_profile
 from tests.unit.builders import THRESHOLDS, build_profile
 from tests.unit.reference import PROPERTY

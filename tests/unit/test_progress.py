@@ -6,8 +6,9 @@ import re
 import pytest
 
 from kvprofile import load_model, load_profile
-from kvprofile.calibration.calibrate import CANDIDATES, measure
+from kvprofile.calibration.calibrate import CANDIDATES
 from kvprofile.calibration.hidden_states import count_layers
+from kvprofile.calibration.measuring import measure
 from kvprofile.calibration.tracking import Pace, Parts, Track
 from kvprofile.cli.bars import Bars
 from kvprofile.evaluate.check import check_profile

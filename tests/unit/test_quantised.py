@@ -11,8 +11,9 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from kvprofile import load_profile
-from kvprofile.calibration.calibrate import CANDIDATES, calibrate, measure
+from kvprofile.calibration.calibrate import CANDIDATES, calibrate
 from kvprofile.calibration.gradient_flow import check_gradients
+from kvprofile.calibration.measuring import measure
 from kvprofile.digests import weights_digest
 from kvprofile.errors import KVProfileError
 from kvprofile.models.load import LoadedModel, load_model

@@ -12,7 +12,7 @@ import pytest
 
 from kvprofile import load_profile
 from kvprofile.errors import KVProfileError, MismatchError, UsageError
-from kvprofile.profile.schema import Profile
+from kvprofile.profile.profile import Profile
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
 from kvprofile.report.judgement import judge
 from kvprofile.report.plan_maps import bits_map, bits_of, difference_map

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kvprofile.calibration.calibrate import CANDIDATES, measure, measure_into
+from kvprofile.calibration.calibrate import CANDIDATES
+from kvprofile.calibration.measuring import measure, measure_into
 from kvprofile.calibration.partials import Partial, join, partial_path, sample_files
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.run_facts import run_facts

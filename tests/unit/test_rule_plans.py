@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kvprofile import load_arrays, load_profile, replan
-from kvprofile.calibration.calibrate import measure
+from kvprofile.calibration.measuring import measure
 from kvprofile.cli.options import PLAN_FLAGS
 from kvprofile.errors import UsageError
 from kvprofile.files import sha256_of

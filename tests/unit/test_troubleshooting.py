@@ -91,7 +91,7 @@ def test_the_page_says_what_the_command_says(shown, world, monkeypatch):
     elif "1024" in words:
         monkeypatch.setattr("kvprofile.models.load.load_model", _no_memory_at_all)
     elif "long.txt" in words:
-        monkeypatch.setattr("kvprofile.calibration.calibrate.read_probe", _without_memory)
+        monkeypatch.setattr("kvprofile.calibration.measuring.read_probe", _without_memory)
     if "my-model-int8" in words:
         monkeypatch.setattr("kvprofile.models.load.load_model", _quantised)
     assert words.pop(0) == "kvprofile"
