@@ -3,10 +3,14 @@
 
 const TINY = 1e-12;
 
+/** Numbers of a page's data: base64 of their bytes, little-endian. */
+function decode(text, Numbers) {
+  return new Numbers(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
+}
+
 /** The curves of the page's data, decoded: group, candidate, head of the group, budget. */
 function decodeCurves(solver, headsOfAGroup) {
-  const bytes = Uint8Array.from(atob(solver.curves), (letter) => letter.charCodeAt(0));
-  const numbers = new Float64Array(bytes.buffer), count = solver.budgets.length;
+  const numbers = decode(solver.curves, Float64Array), count = solver.budgets.length;
   let start = 0;
   return solver.candidates.map((candidates) => candidates.map(() =>
     Array.from({ length: headsOfAGroup }, () => numbers.subarray(start, start += count))));
@@ -111,7 +115,8 @@ function makeSolver(data) {
   const { solver } = data, whole = solver.granularity === "layer", count = whole ? data.kv_heads : 1;
   const curves = decodeCurves(solver, count), envelope = lowerEnvelope(solver, curves);
   const replan = (budget) => {
-    const { share, chosen } = allocate(envelope, budget), found = { share: [], policy: [], damage: [], total: 0 };
+    const { share, chosen } = allocate(envelope, budget);
+    const found = { share: [], policy: [], damage: [], codecs: data.saved.codecs, total: 0 };
     data.merged.forEach((_, row) => {
       for (const key of ["share", "policy", "damage"]) found[key].push([]);
       for (let head = 0; head < data.kv_heads; head++) {
@@ -126,4 +131,24 @@ function makeSolver(data) {
     return found;
   };
   return { lowest: envelope.shares[0], replan };
+}
+
+/** Plans for bytes, made beforehand: the same, for every one of `amounts`. */
+function madePlans(data) {
+  const { amounts, totals, pairs, ...coded } = data.byte_plans, heads = data.kv_heads, size = data.merged.length * heads;
+  const shares = decode(coded.share, Float32Array), damages = decode(coded.damage, Float32Array);
+  const policies = decode(coded.policy, Uint8Array), chosen = decode(coded.pair, Uint8Array);
+  const replan = (amount) => {
+    const at = amounts.indexOf(amount);
+    const rows = (value) => data.merged.map((_, row) =>
+      Array.from({ length: heads }, (_, head) => value(at * size + row * heads + head)));
+    return {
+      share: rows((place) => shares[place]),
+      policy: rows((place) => data.policies[policies[place]].name),
+      damage: rows((place) => damages[place]),
+      codecs: rows((place) => pairs[chosen[place]]),
+      total: totals[at],
+    };
+  };
+  return { lowest: amounts[0], amounts, replan };
 }

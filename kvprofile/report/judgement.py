@@ -42,7 +42,9 @@ def judge(profile: Profile, rows: Sequence[Cost] = ()) -> Judgement:
     paid, predicted = _paid(profile, damage), "" if profile.check else ", as predicted"
     if damage <= DAMAGE and saved >= SAVING:
         smaller = [other for other in fitting if other < budget]
-        further = f" Down to a budget of {min(smaller):g} the damage is predicted to stay {LIMIT}." if smaller else ""
+        further = (
+            f" Down to {_called(profile, min(smaller))} the damage is predicted to stay {LIMIT}." if smaller else ""
+        )
         return Judgement(f"Worth it{predicted}", f"It saves {rough(saved)} of the bytes, and {paid}.{further}", True)
     if fitting:
         other = min(fitting)
@@ -57,10 +59,15 @@ def judge(profile: Profile, rows: Sequence[Cost] = ()) -> Judgement:
     return Judgement(f"Not worth it: {price}", _hopeless(profile, rows, covered), False)
 
 
+def _called(profile: Profile, amount: float) -> str:
+    return f"a budget of {amount:g}" if profile.plan.bytes is None else f"{amount:g} of the bytes"
+
+
 def covered_bytes(profile: Profile) -> float:
     """The merged layers' part of the cache's bytes at the calibration's length: measured, or their part of the layers."""
     check = profile.check
-    if check is not None and (gone := 1 - own_check(profile).achieved.mean) > 0.01:
+    # Where bits are planned too, the slots that are gone say nothing of the bytes.
+    if profile.plan.bytes is None and check is not None and (gone := 1 - own_check(profile).achieved.mean) > 0.01:
         return min(1.0, max(0.0, (1 - check.bytes_ratio) / gone))
     return len(profile.attention_layers()) / profile.model.layers
 

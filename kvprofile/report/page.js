@@ -49,11 +49,16 @@ function paint(data, side, plan) {
     const [red, green, blue] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16) / 255);
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 ? "#ffffff" : "#101418";
   };
+  const scaled = (part) => data.scale[Math.max(0, Math.min(255, Math.floor(part * 256)))];
   const style = {
-    slots: (share) => ({ colour: data.scale[Math.min(255, Math.floor(share * 256))], text: share.toFixed(2).replace(/^0/, "") }),
+    slots: (share) => ({ colour: scaled(share), text: share.toFixed(2).replace(/^0/, "") }),
     policies: (share, name) => {
       const found = data.policies.find((policy) => policy.name === name);
       return { colour: found.colour, text: found.letter };
+    },
+    bits: (share, name, codecs) => {
+      const [low, high] = data.bits.ends, [keys, values] = codecs.map((codec) => data.bits.of[codec] ?? high);
+      return { colour: scaled(((keys + values) / 2 - low) / (high - low)), text: keys === values ? `${keys}` : `${keys}/${values}` };
     },
   };
   for (const [figure, look] of Object.entries(style)) {
@@ -61,7 +66,7 @@ function paint(data, side, plan) {
     if (!holder) continue;
     const parts = partsOf(holder), fill = (kind, place, change) => parts.get(`${kind} ${place}`)?.forEach(change);
     data.merged.forEach((layer, row) => plan.share[row].forEach((share, head) => {
-      const { colour, text } = look(share, plan.policy[row][head]), place = `${layer}-${head}`;
+      const { colour, text } = look(share, plan.policy[row][head], plan.codecs?.[row][head]), place = `${layer}-${head}`;
       fill("cell", place, (cell) => { cell.style.fill = colour; });
       fill("label", place, (label) => { label.textContent = text; label.style.fill = ink(colour); });
     }));
@@ -81,7 +86,7 @@ function startFacts(data, side, shown) {
     const plan = shown(), damage = plan.damage[row][head];
     const lines = [`Layer ${layer}, head ${head}`, `keeps ${percent(plan.share[row][head])} of the slots`];
     lines.push(`policy ${plan.policy[row][head]}`);
-    if (data.codecs) lines.push(`keys in ${data.codecs[row][head][0]}, values in ${data.codecs[row][head][1]}`);
+    if (plan.codecs) lines.push(`keys in ${plan.codecs[row][head][0]}, values in ${plan.codecs[row][head][1]}`);
     if (damage !== null) lines.push(`damage ${number(damage)} nats per token, predicted`);
     if (data.cosine) lines.push(`similarity ${data.cosine[row][head].toFixed(2)}: median cosine of neighbouring keys`);
     return lines;
@@ -140,9 +145,10 @@ function startFacts(data, side, shown) {
 
 /** The slider: solve for its budget, paint the plan, tell what it costs, and the command that writes it. */
 function startSlider(data, show, memory) {
-  const solver = makeSolver(data), slider = byId("budget"), factor = data.missed ?? 1;
+  const solver = data.solver ? makeSolver(data) : madePlans(data), slider = byId("budget"), factor = data.missed ?? 1;
+  const { amounts } = solver, option = data.unit === "bytes" ? "--bytes" : "--budget", flags = data.solver?.flags ?? [];
   const quote = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\"'\"'")}'`;
-  const command = (budget) => ["kvprofile plan", quote(`${data.name}.json`), "--budget", budget, ...data.solver.flags,
+  const command = (budget) => ["kvprofile plan", quote(`${data.name}.json`), option, budget, ...flags,
     "-o", quote(`${data.name}-${budget}.json`)].join(" ");
   const judge = (damage, saved) => {
     if (damage * Math.max(1, factor) > data.limits.damage) return `not worth it: more than ${data.limits.damage} nats`;
@@ -151,13 +157,19 @@ function startSlider(data, show, memory) {
   const tell = (budget, plan) => {
     const saved = data.covered * (1 - budget), flat = plan.share.flat();
     byId("budget-value").textContent = percent(budget);
+    slider.setAttribute("aria-valuetext", percent(budget));
     byId("answer-damage").textContent = number(plan.total);
     byId("answer-factor").textContent = data.saved.total && plan.total !== data.saved.total
       ? `nats per token, ${number(plan.total / data.saved.total)} × the saved plan's` : "nats per token";
     byId("answer-expected").textContent = factor > 1.5 || factor < 1 / 1.5
       ? `expect about ${number(plan.total * factor)}: the check measured ${number(factor)} times the prediction` : "";
     byId("answer-judgement").textContent = judge(plan.total, saved);
-    byId("answer-bytes").textContent = percent(1 - saved);
+    const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+    byId("answer-kept").textContent = percent(amounts ? mean(flat) : 1 - saved);
+    if (amounts) {
+      const bits = (plan.codecs ?? []).flat(2).map((codec) => data.bits.of[codec] ?? data.bits.ends[1]);
+      byId("answer-bits").textContent = `in ${mean(bits.length ? bits : [data.bits.ends[1]]).toFixed(1)} bits a number, in the mean of all heads`;
+    }
     byId("answer-heads").textContent =
       `${flat.filter((share) => share >= 1).length} of ${flat.length} heads keep all, ` +
       `${flat.filter((share) => share < 0.1).length} less than a tenth`;
@@ -170,9 +182,11 @@ function startSlider(data, show, memory) {
     memory(budget);
   };
   const use = (budget, plan) => { show(plan); tell(budget, plan); };
-  const reset = () => { slider.value = data.budget; use(data.budget, data.saved); };
-  slider.min = Math.ceil(solver.lowest * 200) / 200;
-  slider.addEventListener("input", () => use(Number(slider.value), solver.replan(Number(slider.value))));
+  const reset = () => { slider.value = amounts ? amounts.indexOf(data.budget) : data.budget; use(data.budget, data.saved); };
+  const wanted = () => amounts ? amounts[Number(slider.value)] : Number(slider.value);
+  if (amounts) Object.assign(slider, { min: 0, max: amounts.length - 1, step: 1 });
+  else slider.min = Math.ceil(solver.lowest * 200) / 200;
+  slider.addEventListener("input", () => use(wanted(), solver.replan(wanted())));
   byId("reset").addEventListener("click", reset);
   byId("copy").addEventListener("click", async () => {
     getSelection().selectAllChildren(byId("command"));
@@ -224,7 +238,7 @@ function start() {
     let plan = data.saved;
     startFacts(data, side, () => plan);
     const show = (other) => { plan = other; paint(data, side, plan); };
-    if (data.solver && pages.length === 1) globalThis.kvprofile = startSlider(data, show, memory);
+    if ((data.solver || data.byte_plans) && pages.length === 1) globalThis.kvprofile = startSlider(data, show, memory);
   });
 }
 

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from kvprofile.names import AUTO, NO_CODEC
+from kvprofile.names import AUTO, CODECS, NO_CODEC
 from kvprofile.planning.allocate import STEPS
 from kvprofile.planning.by_damage import policy_choices
 from kvprofile.planning.choices import lower_envelope
@@ -18,10 +18,11 @@ from kvprofile.planning.objectives import OBJECTIVES, damage_curves
 from kvprofile.profile.profile import Profile
 from kvprofile.profile.schema import Plan
 from kvprofile.report.budgets import BYTES
+from kvprofile.report.byte_plans import byte_plans
 from kvprofile.report.figures import Subject
 from kvprofile.report.heads import median_cosine
 from kvprofile.report.judgement import DAMAGE, SAVING, covered_bytes, missed_by
-from kvprofile.report.plan_maps import SCALE, candidates, letter, policy_colours
+from kvprofile.report.plan_maps import BITS, SCALE, bits_of, candidates, letter, policy_colours
 
 
 def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
@@ -42,9 +43,9 @@ def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
             "share": [[head.share for head in layer.heads] for layer in plan.layers],
             "policy": [[head.policy for head in layer.heads] for layer in plan.layers],
             "damage": [[head.damage for head in layer.heads] for layer in plan.layers],
+            "codecs": _codecs(plan),
             "total": plan.predicted_damage,
         },
-        "codecs": _codecs(plan),
         "cosine": None if cosine is None else np.round(cosine[profile.attention_layers()], 3).tolist(),
         "policies": [
             {"name": name, "colour": colour, "letter": letter(index)}
@@ -55,7 +56,10 @@ def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
         "limits": {"damage": DAMAGE, "saving": SAVING},
         "covered": covered_bytes(profile),
         "missed": missed_by(profile),
+        "bits": {"of": {name: bits_of(name) for name in CODECS}, "ends": BITS},
+        "unit": plan.unit,
         "solver": _solver(subject),
+        "byte_plans": byte_plans(subject, policies),
     }
 
 

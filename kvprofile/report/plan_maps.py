@@ -23,6 +23,7 @@ BAR = 52  # pixels for a colour bar, its ticks and its label
 LEGEND_ROW = 18
 SCALE = "cividis"  # of the slots' map
 WHOLE = 16  # bits of a number that no codec packs, as most models are served
+BITS = (2.0, float(WHOLE))  # ends of the bits' map
 # seaborn's palette "colorblind", written down: to import seaborn takes longer than to draw a map.
 COLOURS = (
     "#0173b2",
@@ -90,8 +91,7 @@ def bits_map(profile: Profile, width: int) -> Plot:
     texts: dict[tuple[int, ...], str] = {
         (layer.layer, index): head_bits(head) for layer in profile.plan.layers for index, head in enumerate(layer.heads)
     }
-    ends = (2.0, float(WHOLE))
-    return _scale_map(mean, width, "bits of a number, mean of keys and values", SCALE, ends=ends, texts=texts)
+    return _scale_map(mean, width, "bits of a number, mean of keys and values", SCALE, ends=BITS, texts=texts)
 
 
 def head_bits(head: HeadPlan) -> str:

@@ -17,6 +17,7 @@ from kvprofile.report.budgets import merged_bytes
 from kvprofile.report.heads import median_cosine
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
 from kvprofile.report.numbers import number, size
+from kvprofile.report.plan_maps import head_bits
 from kvprofile.report.style import new_plot
 from tests.unit.browser import opened, started_browser  # noqa: F401  # the fixture `browser`
 from tests.unit.builders import build_profile
@@ -182,6 +183,72 @@ def test_the_slider_paints_the_plan_and_its_command_makes_the_same_one(browser, 
 
 
 LEGEND = re.compile(r"([A-Z])\s+([\w-]+) \(\d+\)")
+
+
+@pytest.fixture(scope="module")
+def in_bytes(written):
+    smollm = read_subject(PROFILES / "smollm2-135m.json")
+    profile = replan(smollm.profile, smollm.arrays["damage_mean"], bytes=0.25, measured=smollm.arrays)
+    subject = make_subject("smollm2-135m", profile, smollm.arrays)
+    return written("in-bytes", profile, smollm.arrays), subject
+
+
+def test_a_plan_for_bytes_has_python_s_plans_at_hand(browser, in_bytes):
+    path, subject = in_bytes
+    with opened(browser, path) as page:
+        amounts = page.evaluate("kvprofile.amounts")
+        assert len(amounts) > 50
+        assert amounts == sorted(amounts)
+        assert {0.05, 0.07, 0.1, 0.15, 0.25, 0.35, 0.5, 1} <= set(amounts)
+        for amount in (amounts[0], 0.07, 0.1, 0.25, 0.5, 0.8, 1):
+            found = page.evaluate(PLAN, amount)
+            plan = replan(subject.profile, subject.arrays["damage_mean"], bytes=amount, measured=subject.arrays).plan
+            heads = [head for layer in plan.layers for head in layer.heads]
+            np.testing.assert_allclose(np.ravel(found["share"]), [head.share for head in heads], rtol=0, atol=6e-7)
+            np.testing.assert_allclose(
+                np.ravel(found["damage"]), [head.damage for head in heads], rtol=5e-4, atol=1e-12
+            )
+            assert [name for row in found["policy"] for name in row] == [head.policy for head in heads]
+            assert [tuple(pair) for row in found["codecs"] for pair in row] == [
+                (head.key_codec, head.value_codec) for head in heads
+            ]
+            assert found["total"] == plan.predicted_damage
+        with pytest.raises(KVProfileError, match="out of reach"):
+            replan(subject.profile, subject.arrays["damage_mean"], bytes=amounts[0] - 0.005, measured=subject.arrays)
+
+
+def test_the_slider_of_bytes_paints_slots_bits_and_policies(browser, in_bytes, tmp_path, monkeypatch):
+    path, subject = in_bytes
+    texts = """figure => Object.fromEntries([...document.querySelectorAll(`#figure-0-${figure} .wide [data-label]`)]
+      .map(label => [label.dataset.label, label.textContent.trim()]))"""
+    fills = """() => Object.fromEntries([...document.querySelectorAll('#figure-0-bits .wide [data-cell]')]
+      .map(cell => [cell.dataset.cell, getComputedStyle(cell.firstElementChild).fill]))"""
+    with opened(browser, path) as page:
+        drawn = page.evaluate(texts, "bits"), page.evaluate(fills)
+        page.focus("#budget")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowRight")  # the plan's own bytes, painted by the script instead of by matplotlib
+        assert page.inner_text("#budget-value") == "25.0%"
+        assert (page.evaluate(texts, "bits"), page.evaluate(fills)) == drawn
+        assert page.inner_text("#answer-kept") == f"{subject.profile.plan.predicted_ratio:.1%}"
+        while page.inner_text("#budget-value") != "10.0%":
+            page.keyboard.press("ArrowLeft")
+        assert page.get_attribute("#budget", "aria-valuetext") == "10.0%"
+        command = shlex.split(page.inner_text("#command"))
+        assert command[:5] == ["kvprofile", "plan", "in-bytes.json", "--bytes", "0.1"]
+        monkeypatch.chdir(tmp_path)
+        subject.profile.save("in-bytes.json")
+        Path("smollm2-135m.safetensors").write_bytes((PROFILES / "smollm2-135m.safetensors").read_bytes())
+        assert run(*command[1:]).exit_code == 0
+        plan = load_profile(command[-1]).plan
+        bits = page.evaluate(texts, "bits")
+        for layer in plan.layers:
+            for index, head in enumerate(layer.heads):
+                assert bits[f"{layer.layer}-{index}"] == head_bits(head)
+        assert page.inner_text("#answer-damage") == number(plan.predicted_damage)
+        assert page.inner_text("#answer-judgement").startswith("not worth it: more than 0.01 nats")
+        page.click("#reset")
+        assert (page.evaluate(texts, "bits"), page.evaluate(fills)) == drawn
 
 
 def test_the_judgement_follows_the_slider(browser, written):
