@@ -1,7 +1,7 @@
 """From measured statistics and a budget to the plan a profile carries."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,44 +36,46 @@ def make_plan(
     return solver.plan(amount)
 
 
+class Settings(TypedDict, total=False):
+    """How an amount is spent; what is not given, or None, is as in a profile's plan."""
+
+    policy: str | None
+    rule: str | None
+    objective: str | None
+    granularity: str | None
+    mode: str | None
+    codec: str | None
+
+
 def solver_of(
     profile: Profile,
     damage: NDArray[np.floating] | None,
     *,
-    policy: str | None = None,
-    rule: str | None = None,
     measured: Mapping[str, NDArray[np.generic]] | None = None,
-    objective: str | None = None,
-    granularity: str | None = None,
-    mode: str | None = None,
-    codec: str | None = None,
     in_bytes: bool | None = None,
+    **settings: Unpack[Settings],
 ) -> Solver:
-    """The solver for a profile; what is not given is as in its plan. A `policy` may be one it does not hold yet.
+    """The solver for a profile. A `policy` may be one it does not hold yet.
 
     Where slots are counted now and bytes were before, or the other way round, the codec is chosen anew.
     """
     plan, policies = profile.plan, profile.policies
-    if policy is not None and policy not in (AUTO, *policies):
-        policies = policies | _by_name(policy)
     before = plan.bytes is not None
     in_bytes = before if in_bytes is None else in_bytes
-    if codec is None:
-        codec = plan.codec if in_bytes == before else AUTO if in_bytes else NO_CODEC
+    changed = {} if in_bytes == before else {"codec": AUTO if in_bytes else NO_CODEC}
+    given = {name: value for name, value in settings.items() if value is not None}
+    spent: dict[str, Any] = {name: getattr(plan, name) for name in Settings.__annotations__} | changed | given
+    if spent["policy"] not in (AUTO, *policies):
+        policies = policies | _by_name(spent["policy"])
     return Solver(
         profile.model,
         policies,
         profile.statistics,
         damage,
-        tokens=profile.calibration.measured.tokens,
-        policy=policy or plan.policy,
-        rule=rule or plan.rule,
+        profile.calibration.measured.tokens,
         measured=measured,
-        objective=objective or plan.objective,
-        granularity=granularity or plan.granularity,
-        mode=mode or plan.mode,
-        codec=codec,
         in_bytes=in_bytes,
+        **spent,
     )
 
 
@@ -83,13 +85,8 @@ def replan(
     budget: float | None = None,
     *,
     bytes: float | None = None,
-    policy: str | None = None,
-    rule: str | None = None,
     measured: Mapping[str, NDArray[np.generic]] | None = None,
-    objective: str | None = None,
-    granularity: str | None = None,
-    mode: str | None = None,
-    codec: str | None = None,
+    **settings: Unpack[Settings],
 ) -> Profile:
     """The same profile with a plan for another fraction of the slots, or of the bytes; what is not given stays as it was.
 
@@ -99,18 +96,7 @@ def replan(
     if budget is None and bytes is None:
         budget, bytes = (profile.plan.budget, None) if profile.plan.bytes is None else (None, profile.plan.bytes)
     amount, in_bytes = asked_for(budget, bytes)
-    solver = solver_of(
-        profile,
-        damage,
-        policy=policy,
-        rule=rule,
-        measured=measured,
-        objective=objective,
-        granularity=granularity,
-        mode=mode,
-        codec=codec,
-        in_bytes=in_bytes,
-    )
+    solver = solver_of(profile, damage, measured=measured, in_bytes=in_bytes, **settings)
     return profile.model_copy(update={"policies": solver.policies, "plan": solver.plan(amount), "check": None})
 
 
