@@ -92,7 +92,7 @@ def estimate(
     """
     import torch
 
-    from kvprofile.models.load import choose_placement, stored_dtype
+    from kvprofile.models.device_and_dtype import choose_placement, stored_dtype
 
     target, weight_dtype, _ = choose_placement(device, dtype, device_map, stored_dtype(config))
     if target is None:

@@ -41,7 +41,7 @@ def check_model(model: str, options: dict[str, Any]) -> None:
 
     Raises UsageError.
     """
-    from kvprofile.models.load import check_placement
+    from kvprofile.models.device_and_dtype import check_placement
     from kvprofile.models.names import resolve
 
     resolve(model, options["revision"])

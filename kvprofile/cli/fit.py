@@ -69,7 +69,8 @@ def fit(
 
     resolve(model, revision)
     predicted = None if profile is None else _Predicted(profile)
-    from kvprofile.models.load import check_placement, load_config
+    from kvprofile.models.device_and_dtype import check_placement
+    from kvprofile.models.load import load_config
     from kvprofile.planning.fit import Target, footprint_of
     from kvprofile.planning.fit import fit as solve
 
@@ -145,7 +146,7 @@ def _dtype(config: Any, asked: str) -> Any:
     """What numbers are kept in: as asked, else as the checkpoint has them where that is half precision, else bfloat16."""
     import torch
 
-    from kvprofile.models.load import stored_dtype
+    from kvprofile.models.device_and_dtype import stored_dtype
 
     if asked != "auto":
         return getattr(torch, asked)

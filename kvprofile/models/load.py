@@ -9,26 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.errors import KVProfileError, UsageError, is_memory
+from kvprofile.errors import KVProfileError
 from kvprofile.models.configurations import bundled_configuration
+from kvprofile.models.device_and_dtype import choose_placement, stored_dtype
+from kvprofile.models.failures import explained
 from kvprofile.models.gguf import converted_file, converted_wheel, is_converted
 from kvprofile.models.names import Source, resolve
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("float32", "bfloat16", "float16")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 HUB_SECONDS = 5  # without an answer the hub counts as unreachable
-FOLDER_INSTEAD = "or give a local folder with the model instead"
 _log_quietly = logging.getLogger(__name__).info
 
 
@@ -144,72 +141,6 @@ def load_model(
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, source.short_name, source.label, found_revision)
 
 
-def check_placement(device: str, dtype: str, device_map: str | dict[str, Any] | None) -> None:
-    """Raise UsageError for values that no machine understands, or that contradict each other; torch is not loaded."""
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
-    if device_map is not None and device != "auto":
-        raise UsageError(f"device {device!r} and a device map were both given; give one of them")
-    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
-        raise UsageError(
-            f"unknown device map {device_map!r}: expected {', '.join(DEVICE_MAPS)}; for one device use device"
-        )
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N")
-
-
-def choose_placement(
-    device: str, dtype: str, device_map: str | dict[str, Any] | None, stored: torch.dtype | None = None
-) -> tuple[torch.device | None, torch.dtype, str]:
-    """The device (None where accelerate places the model), the dtype, and one line that says why.
-
-    `stored` is the dtype of the checkpoint, where known.
-
-    Raises:
-        UsageError: a value is unknown, contradicts another, or names a device this machine does not have.
-    """
-    check_placement(device, dtype, device_map)
-    import torch
-
-    cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= cuda:
-        raise UsageError(f"device {device!r} asked for, but {cuda} CUDA devices were found; use auto or cpu")
-    if device == "mps" and not mps:
-        raise UsageError("device 'mps' asked for, but this machine has none; use auto or cpu")
-
-    if device == "auto":
-        kind = "cuda" if cuda else "mps" if mps else "cpu"
-        reason = {"cuda": "CUDA found", "mps": "no CUDA device, but MPS found", "cpu": "no CUDA device found"}[kind]
-    else:
-        kind, reason = device, "as asked"
-    where = f"device {kind} ({reason})" if device_map is None else "devices placed by accelerate (as asked)"
-    chosen, why = (dtype, "as asked") if dtype != "auto" else _default_dtype(kind, stored)
-    target = torch.device(kind) if device_map is None else None
-    return target, getattr(torch, chosen), f"{where}, dtype {chosen} ({why})"
-
-
-def _default_dtype(device: str, stored: torch.dtype | None) -> tuple[str, str]:
-    import torch
-
-    half = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(stored) if stored is not None else None
-    if device == "cpu":
-        return "float32", f"fastest and exact on a CPU{f'; the checkpoint has {half}' if half else ''}"
-    native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    if half == "float16" or (half == "bfloat16" and native):
-        return half, "as the checkpoint has it"
-    if native:
-        return "bfloat16", "half the memory, and the device computes in it"
-    return "float16", "half the memory; no native bfloat16 here"
-
-
-def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """The dtype of the checkpoint, as its configuration says; None where it does not."""
-    import torch
-
-    found = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
-    return getattr(torch, found, None) if isinstance(found, str) else found
-
-
 def _locate(source: Source, log: Callable[[str], None]) -> tuple[str, dict[str, Any], str | None]:
     """What from_pretrained gets, its options, and the revision to record."""
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -302,65 +233,3 @@ def _without_weight_bars() -> Iterator[None]:
             del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
         else:
             os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion
-
-
-@contextlib.contextmanager
-def explained(source: Source, instead: str = FOLDER_INSTEAD) -> Iterator[None]:
-    """Turn what goes wrong with the source into one line; `instead` is what else would do. Raises KVProfileError."""
-    try:
-        yield
-    except KVProfileError:
-        raise
-    except Exception as error:
-        raise KVProfileError(explain(error, source, instead)) from error
-
-
-def explain(error: BaseException, source: Source, instead: str = FOLDER_INSTEAD) -> str:
-    """One line on why a model could not be loaded, and what to do.
-
-    transformers wraps what really happened in an OSError of several lines, so the chain of causes is searched.
-    """
-    if is_memory(error):
-        return f"{source.label} does not fit into the device's memory: use a device map, a smaller dtype or the CPU"
-    from huggingface_hub import constants, errors
-    from safetensors import SafetensorError
-
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-
-    def happened(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    repo, label = source.location, source.label
-    if happened(errors.GatedRepoError):
-        page = f"https://huggingface.co/{repo}"
-        return f"{repo} is gated: accept its licence at {page} and log in with `hf auth login`, {instead}"
-    if happened(errors.RepositoryNotFoundError):
-        return f"{repo} is not on the hub, or private: check the name, or log in with `hf auth login`, {instead}"
-    if happened(errors.RevisionNotFoundError):
-        return f"{repo} has no revision {source.revision!r}: expected a branch, tag or commit of its page on the hub"
-    # HTTPError is the base class of the HTTP library of huggingface_hub, which changed it from one release to another.
-    network = (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
-    if source.kind == "hub" and happened(*network) and not happened(errors.RemoteEntryNotFoundError):
-        if constants.is_offline_mode():
-            offline = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
-            return f"{repo} is not in the hub cache, and {offline} forbids to fetch it: unset it, {instead}"
-        return f"the hub cannot be reached for {repo} ({_first_line(chain[-1])}): check the network, {instead}"
-    if happened(SafetensorError):
-        return f"the safetensors of {label} are damaged or cut short ({_first_line(error)}): fetch them again"
-    if "`use_safetensors=True`" in str(error):
-        return (
-            f"{label} has no safetensors; if it has pickle files, which can run code, and you trust it: --allow-pickle"
-        )
-    if "trust_remote_code" in str(error):
-        return f"{label} needs Python code of its own, which is never run: use a model that transformers knows"
-    if "backend tokenizer" in str(error):
-        return f"{label} has no tokenizer that transformers can read ({_first_line(error)}): add its tokenizer.json"
-    return f"cannot load {label}: {_first_line(error)}; check its files"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

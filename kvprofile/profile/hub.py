@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.files import read_bytes
-from kvprofile.models.load import explained, resolved_revision
+from kvprofile.models.failures import explained
+from kvprofile.models.load import resolved_revision
 from kvprofile.models.names import HUB_ID, Source
 from kvprofile.profile.places import PREFIX, locate
 

@@ -16,7 +16,8 @@ from kvprofile.cli import main
 from kvprofile.errors import KVProfileError
 from kvprofile.models import load as models
 from kvprofile.models.configurations import bundled_configuration
-from kvprofile.models.load import load_config, stored_dtype
+from kvprofile.models.device_and_dtype import stored_dtype
+from kvprofile.models.load import load_config
 from kvprofile.models.names import known_models, resolve
 from kvprofile.profile.fingerprint import model_facts
 from tests.unit.test_models import COMMIT, http_error, raising

@@ -15,7 +15,8 @@ from kvprofile.calibration.sensitivity import read_probe
 from kvprofile.cli.group import Group
 from kvprofile.errors import KVProfileError
 from kvprofile.models.device_memory import explaining_memory
-from kvprofile.models.load import LoadedModel, explain
+from kvprofile.models.failures import explain
+from kvprofile.models.load import LoadedModel
 from kvprofile.models.names import Source
 from tests.pretend_cuda import on_cuda
 from tests.unit.conftest import run

@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.models import gguf as gguf_models
 from kvprofile.models import names as model_names
+from kvprofile.models.device_and_dtype import choose_placement
 from kvprofile.models.gguf import GEMMA3_270M, SMOLLM2_135M, Wheel, WheelModel, converted_file, converted_wheel
-from kvprofile.models.load import choose_placement, load_config, load_model
+from kvprofile.models.load import load_config, load_model
 from kvprofile.models.names import known_models, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

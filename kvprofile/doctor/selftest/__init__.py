@@ -10,7 +10,7 @@ import torch
 
 from kvprofile.doctor.selftest.attention import SHAPES, check_attention
 from kvprofile.doctor.selftest.models import check_model, configurations
-from kvprofile.models.load import choose_placement
+from kvprofile.models.device_and_dtype import choose_placement
 
 
 @dataclass(frozen=True)
