@@ -15,9 +15,10 @@ from kvprofile.cli.options import quiet_option
 @click.option("--force", is_flag=True, help="Replace the profile that lies there.")
 @quiet_option
 def push(profile: Path, repository: str, private: bool, force: bool, quiet: bool) -> None:
-    """Put a PROFILE, its arrays and a model card into the hub's repository ORG/NAME, which is made if need be.
+    """Put a PROFILE, its arrays and a model card with the plan's picture into the hub's repository ORG/NAME.
 
-    Log in with `hf auth login` first. Wherever a profile is taken, hub:ORG/NAME then works, or hub:ORG/NAME@REVISION.
+    The repository is made if need be. Log in with `hf auth login` first. Wherever a profile is taken, hub:ORG/NAME then
+    works, or hub:ORG/NAME@REVISION.
 
     \b
     Examples:
@@ -26,9 +27,9 @@ def push(profile: Path, repository: str, private: bool, force: bool, quiet: bool
     """
     from kvprofile.profile import hub
     from kvprofile.profile.storage import load_arrays, load_profile
-    from kvprofile.report.hub_card import card
+    from kvprofile.report.hub_card import card_files
 
     place = hub.repository(repository).location
     loaded = load_profile(profile)
-    text = card(loaded, load_arrays(loaded, profile), place)
-    log_of(quiet)(f"Wrote {hub.push(loaded, profile, repository, card=text, private=private, force=force)}")
+    beside = card_files(loaded, load_arrays(loaded, profile), place)
+    log_of(quiet)(f"Wrote {hub.push(loaded, profile, repository, beside=beside, private=private, force=force)}")

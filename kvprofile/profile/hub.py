@@ -1,8 +1,9 @@
 """Profiles on the hub: `hub:ORG/NAME` is fetched wherever a profile is taken, `kvprofile push` puts one there.
 
-A repository holds `profile.json`, the arrays under the name the profile has for them, and a model card.
+A repository holds `profile.json`, the arrays under the name the profile has for them, and a model card with its pictures.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,16 @@ def fetched(name: str) -> Path:
     return path
 
 
-def push(profile: "Profile", path: Path, name: str, *, card: str, private: bool = False, force: bool = False) -> str:
-    """Put the profile saved at `path`, its arrays and a card into a repository of the hub, made where there is none.
+def push(
+    profile: "Profile",
+    path: Path,
+    name: str,
+    *,
+    beside: Mapping[str, bytes],
+    private: bool = False,
+    force: bool = False,
+) -> str:
+    """Put the profile saved at `path`, its arrays and the files `beside` it into a repository of the hub, made if need be.
 
     Returns the address. Raises KVProfileError where a profile lies there and `force` is off, or the hub refuses.
     """
@@ -68,9 +77,9 @@ def push(profile: "Profile", path: Path, name: str, *, card: str, private: bool 
     from kvprofile.profile.storage import MAX_ARRAYS
 
     source = repository(name)
-    files = {FILE: profile.to_json().encode(), "README.md": card.encode()}
-    if (beside := profile.statistics.arrays) is not None:
-        files[beside.file] = read_bytes(locate(path).parent / beside.file, limit=MAX_ARRAYS)
+    files = {**beside, FILE: profile.to_json().encode()}
+    if (arrays := profile.statistics.arrays) is not None:
+        files[arrays.file] = read_bytes(locate(path).parent / arrays.file, limit=MAX_ARRAYS)
     hub = HfApi()
     with explained(source, INSTEAD):
         hub.create_repo(source.location, private=private, exist_ok=True)

@@ -1,14 +1,18 @@
 """Profiles on the hub, against a stand-in for it: pushed, fetched, used without a network, refused in one line."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from kvprofile import load_profile
 from kvprofile.errors import UsageError
 from kvprofile.profile.hub import repository
+from kvprofile.report.hub_card import card_files
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,22 @@ def test_what_cannot_be_fetched_is_one_line(name, environment, code, told, kvpro
     assert told in done.stderr
     assert "model instead" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_card_shows_the_plan_and_its_bits():
+    profile = load_profile("smollm2-135m")
+    arrays = profile.arrays()
+    slots = card_files(profile, arrays, "some-one/smollm2-kv")
+    assert slots.keys() == {"README.md", "slots.png"}
+    small = card_files(profile.replan(bytes=0.25), arrays, "some-one/smollm2-kv")
+    assert small.keys() == {"README.md", "slots.png", "bits.png"}
+    for files in (slots, small):
+        text = files.pop("README.md").decode()
+        assert re.findall(r"!\[[^]]+\]\((.+)\)", text) == list(files)
+        for picture in files.values():
+            with Image.open(io.BytesIO(picture)) as image:
+                assert image.width > 1000
+                assert len(image.convert("RGB").getcolors(1 << 20)) > 30
 
 
 def test_names():
