@@ -83,10 +83,15 @@ class Bench:
         """CPU seconds of every decode step: those that merge nothing, and those that do."""
         plain, merging = [], []
         for _ in range(STEPS):
-            tail = getattr(cache.layers[0], "tail", 0)
+            merged = slots_merged(cache)
             seconds = self.read(cache, torch.ones(1, 1, dtype=torch.long), 1)
-            (merging if getattr(cache.layers[0], "tail", 0) < tail else plain).append(seconds)
+            (merging if slots_merged(cache) > merged else plain).append(seconds)
         return plain, merging
+
+
+def slots_merged(cache: Any) -> int:
+    """Slots of the first layer that are no longer in its tail; none of a stock cache."""
+    return 0 if isinstance(cache, DynamicCache) else sum(cache.layers[0].state.merged_lengths())
 
 
 def prompt(length: int) -> Tensor:

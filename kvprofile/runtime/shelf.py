@@ -90,7 +90,7 @@ class Shelf:
 
     def add(self, slots: Slots, rows: list[int]) -> None:
         """Store slots behind those of their rows: the next `slots.lengths[i]` belong to `rows[i]`. What is stored stays."""
-        self.blocks = append(self.blocks, self._stored(slots, rows), rows)
+        append(self.blocks, self._stored(slots, rows), rows)
 
     def select(self, rows: list[int], kv_heads: int) -> None:
         """Keep the batch rows `rows`, in that order."""

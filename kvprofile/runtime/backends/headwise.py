@@ -20,7 +20,7 @@ LEAST = 64  # rows of a product, whatever the logits: fewer would leave its unit
 
 def headwise_attention(asked: Asked, shelf: "Shelf") -> Pieces:
     """See `contract.Backend`. Inputs are multiplied in float32, one head's at a time; a head is one piece."""
-    lengths, counts = shelf.blocks.lengths, shelf.blocks.counts().tolist()
+    lengths, rooms = shelf.blocks.lengths, shelf.blocks.rooms
     owners = [row for row, length in enumerate(lengths) if length]
     query, shift = shelf.queries(asked), shelf.shift(asked)
     output = query.new_empty(len(owners), query.shape[1], shelf.facts.value_dim)
@@ -28,8 +28,8 @@ def headwise_attention(asked: Asked, shelf: "Shelf") -> Pieces:
     budget = LOGITS if query.device.type == "cpu" else LOGITS_ON_GPU
     first = 0
     for place, row in enumerate(owners):
-        part, held = slice(first, first + counts[row]), lengths[row]
-        first += counts[row]
+        part, held = slice(first, first + rooms[row]), lengths[row]
+        first += rooms[row]
         keys, values = (read(part).flatten(0, 1)[:held] for read in (shelf.keys, shelf.values))
         bias = shelf.bias(part).flatten()[:held]
         step = max(budget // held, LEAST)
