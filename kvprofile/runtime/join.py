@@ -1,8 +1,8 @@
-"""One softmax over what is stored and the unmerged tail: the only place that knows of tail, padding and sinks.
+"""One softmax over what is stored and the unmerged tail: where tail, padding and sinks are joined to what back ends give.
 
 Back ends give attention over pieces of the slots, each with its log-sum-exp (`backends/contract.py`). The tail's logits are
 computed here, and all of it is brought to one scale, as FlashInfer's `merge_state` does (arXiv 2501.01005). Many queries are
-taken in pieces, so that their logits over the tail stay few.
+taken in pieces, so that their logits over the tail stay few. A back end that takes whole layers does all of this itself.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvprofile.runtime.backends.contract import Asked, Pieces
+from kvprofile.merging.host import sent
+from kvprofile.runtime.backends.contract import Asked, Pieces, Recent
+from kvprofile.runtime.backends.table import BACKENDS
 from kvprofile.runtime.blocks import MASKED
 from kvprofile.runtime.shelf import Shelf
 
@@ -25,18 +27,35 @@ LEAST = 16  # rows of a product, whatever the logits
 
 @torch.no_grad()
 def ragged_attention(
-    call: "AttentionCall", shelves: Sequence[Shelf], *, padding: Tensor | None = None, mass: bool = True
+    call: "AttentionCall", shelves: Sequence[Shelf], *, unused: list[int] | None = None, mass: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer's queries over its slots and its tail; for inference, no gradient passes through.
 
-    `padding` `(batch, tail)` is True where a tail token is padding: nobody sees it. Returns the output
-    `(batch, queries, heads, value_dim)` and, with `mass`, the attention the tail received from queries that are not padding,
-    `(batch, kv_heads, tail)` float32.
+    `unused`: of every row of the batch the first columns of the tail that are padding, or of longer rows: nobody sees them.
+    Returns the output `(batch, queries, heads, value_dim)` and, with `mass`, the attention the tail received from queries that
+    are not padding, `(batch, kv_heads, tail)` float32.
     """
     batch, heads, queries, head_dim = call.query.shape
+    kv_heads = call.key.shape[1]
+    group = heads // kv_heads
+    asked = Asked(call.query.reshape(batch * kv_heads, group * queries, head_dim), call.softmax, batch, queries)
+    servers = {shelf.server(group * queries) for shelf in shelves}
+    whole = BACKENDS[servers.pop()].whole if len(servers) == 1 else None
+    if whole is not None:
+        return whole(asked, shelves, Recent(call.key, call.value, unused), mass)
+    return _of_pieces(call, asked, shelves, _padding(call, unused), mass)
+
+
+def _of_pieces(
+    call: "AttentionCall", asked: Asked, shelves: Sequence[Shelf], padding: Tensor | None, mass: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same from pieces of the slots and logits over the tail, by torch's operations.
+
+    `padding` `(batch, tail)` is True where nobody sees the tail.
+    """
+    batch, heads, queries, _ = call.query.shape
     kv_heads, tail = call.key.shape[1:3]
     group = heads // kv_heads
-    asked = Asked(call.query.reshape(batch * kv_heads, group * queries, head_dim), call.softmax, batch)
     stored = _together([shelf.attend(asked) for shelf in shelves])
     keys, values = call.key.flatten(0, 1).float(), call.value.flatten(0, 1).float()
     budget = LOGITS if keys.device.type == "cpu" else LOGITS_ON_GPU
@@ -45,7 +64,7 @@ def ragged_attention(
         output, given = _joined(asked, asked.scaled, stored, keys, values, _hidden(call, 0, queries, padding))
         output = output.view(batch, heads, queries, -1).transpose(1, 2).contiguous().to(call.value.dtype)
         return output, _received(given, call, 0, queries, padding) if mass else None
-    whole = call.value.new_empty(batch, queries, heads, values.shape[-1])
+    all_output = call.value.new_empty(batch, queries, heads, values.shape[-1])
     masses = keys.new_zeros(batch, kv_heads, tail) if mass else None
     for low in range(0, queries, step):
         high = min(queries, low + step)
@@ -56,10 +75,18 @@ def ragged_attention(
             some = Pieces(output, sums, stored.owner)
         hidden = _hidden(call, low, high, padding)
         output, given = _joined(asked, query, some, keys[:, :seen], values[:, :seen], hidden)
-        whole[:, low:high] = output.view(batch, heads, high - low, -1).transpose(1, 2)
+        all_output[:, low:high] = output.view(batch, heads, high - low, -1).transpose(1, 2)
         if masses is not None:
             masses[..., :seen] += _received(given, call, low, high, padding)
-    return whole, masses
+    return all_output, masses
+
+
+def _padding(call: "AttentionCall", unused: list[int] | None) -> Tensor | None:
+    """The columns of the tail that nobody sees, `(batch, tail)`."""
+    if unused is None:
+        return None
+    columns = torch.arange(call.key.shape[2], device=call.key.device)
+    return columns < sent(unused, call.key.device)[:, None]
 
 
 def _together(found: list[Pieces]) -> Pieces | None:

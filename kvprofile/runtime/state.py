@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvprofile.errors import KVProfileError
-from kvprofile.merging.host import sent
 from kvprofile.runtime.aging import settle
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.join import ragged_attention
@@ -96,19 +95,16 @@ class LayerState:
                 )
             self.rows[place] = replace(self.rows[place], padding=number)
 
-    def hidden(self) -> Tensor | None:
-        """Columns of the tail that are not tokens of their row, `(batch, tail)`; None if all are."""
+    def unused(self) -> list[int] | None:
+        """Columns of the tail before the tokens of every row; None if all rows use all."""
         unused = [self.tail.tokens - self.own(row) for row in self.rows]
-        if not any(unused):
-            return None
-        columns = torch.arange(self.tail.tokens, device=self.device)
-        return columns < sent(unused, self.device)[:, None]
+        return unused if any(unused) else None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None] | None:
         """Output and, where it is needed, the attention that the tail received; None while there are no slots."""
         if not self.shelves:
             return None
-        return ragged_attention(call, self.shelves, padding=self.hidden(), mass=self.needs_mass)
+        return ragged_attention(call, self.shelves, unused=self.unused(), mass=self.needs_mass)
 
     def attended(self, call: AttentionCall, tail_mass: Tensor | None) -> None:
         """Remember what a reader asked, until it is known which of the forward's tokens stay."""

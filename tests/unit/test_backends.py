@@ -47,11 +47,7 @@ def make_slots(call, lengths):
     return Slots(keys, values, (torch.rand(count, generator=generator) * 3).to(call.key.device), lengths)
 
 
-def left_padding(call, counts):
-    return torch.arange(call.key.shape[2])[None] < torch.tensor(counts)[:, None]
-
-
-def reference(call, slots, padding=None):
+def reference(call, slots, unused=None):
     """Output `(batch, queries, heads, value_dim)` and mass `(batch, kv_heads, tail)`, one query at a time."""
     query, key, value, old_keys, old_values, bias = (
         part.double().cpu().numpy() for part in (call.query, call.key, call.value, slots.keys, slots.values, slots.bias)
@@ -63,7 +59,8 @@ def reference(call, slots, padding=None):
     for row, head, asked in itertools.product(range(batch), range(heads), range(queries)):
         owner = head // (heads // kv_heads)
         old = slice(ends[row * kv_heads + owner], ends[row * kv_heads + owner + 1])
-        seen = [token for token in range(tail - queries + asked + 1) if padding is None or not padding[row, token]]
+        newest = tail - queries + asked
+        seen = range(unused[row] if unused else 0, newest + 1)
         keys = np.concatenate([old_keys[old], key[row, owner, seen]])
         logits = keys @ query[row, head, asked] * call.softmax.scaling
         if call.softmax.softcap is not None:
@@ -76,28 +73,27 @@ def reference(call, slots, padding=None):
         weights = np.exp(logits - logits.max())
         weights = (weights / weights.sum())[: len(keys)]
         output[row, asked, head] = weights @ np.concatenate([old_values[old], value[row, owner, seen]])
-        if padding is None or not padding[row, tail - queries + asked]:
+        if newest in seen:
             mass[row, owner, seen] += weights[old.stop - old.start :]
     return output, mass
 
 
-def check(name, call, slots, padding=None):
+def check(name, call, slots, unused=None):
     """The back end of that name, or whoever serves, against the loop."""
-    expected, expected_mass = reference(call, slots, padding)
-    padding = None if padding is None else padding.to(call.key.device)
+    expected, expected_mass = reference(call, slots, unused)
     shelves = [shelved(call, slots, name)]
-    output, mass = ragged_attention(call, shelves, padding=padding)
+    output, mass = ragged_attention(call, shelves, unused=unused)
     tolerance = TOLERANCE[call.query.dtype]
     assert output.dtype == call.value.dtype
     assert output.is_contiguous()
     shown = output.double().cpu().numpy()
-    if padding is not None:
-        asking = padding[:, call.key.shape[2] - call.query.shape[2] :].cpu().numpy()
+    if unused is not None:
+        asking = np.arange(call.key.shape[2] - call.query.shape[2], call.key.shape[2]) >= np.array(unused)[:, None]
         assert np.isfinite(shown).all()
-        shown, expected = shown[~asking], expected[~asking]
+        shown, expected = shown[asking], expected[asking]
     np.testing.assert_allclose(shown, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     np.testing.assert_allclose(mass.double().cpu().numpy(), expected_mass, rtol=0, atol=tolerance * expected_mass.max())
-    alone, nothing = ragged_attention(call, shelves, padding=padding, mass=False)
+    alone, nothing = ragged_attention(call, shelves, unused=unused, mass=False)
     np.testing.assert_allclose(alone.double().cpu(), output.double().cpu(), rtol=0, atol=2 * tolerance)
     assert nothing is None
 
@@ -162,8 +158,7 @@ def test_softcap_sinks_and_padding(name, queries, padded, sinks, softcap):
     if name == "varlen" and softcap is not None:
         pytest.skip("the kernel knows no soft cap, and such layers never get there")
     call = make_call(queries=queries, batch=3, softcap=softcap, sinks=SINKS if sinks else None)
-    padding = left_padding(call, [0, 4, 8]) if padded else None
-    check(name, call, make_slots(call, [7, 30, 5, 12, 0, 0]), padding)
+    check(name, call, make_slots(call, [7, 30, 5, 12, 0, 0]), [0, 4, 8] if padded else None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,7 +173,7 @@ def test_many_queries_a_few_at_a_time(monkeypatch, softcap):
         monkeypatch.setattr(module, "LOGITS", 0)
         monkeypatch.setattr(module, "LEAST", 6)  # two queries of this call's three heads at a time
     call = make_call(queries=9, softcap=softcap, sinks=SINKS)
-    check("headwise", call, make_slots(call, [7, 30, 0, 12]), left_padding(call, [3, 0]))
+    check("headwise", call, make_slots(call, [7, 30, 0, 12]), [3, 0])
 
 
 @pytest.mark.parametrize("name", ["blockwise", "headwise"])
@@ -262,6 +257,5 @@ def test_heads_on_shelves_of_their_own(name):
 def test_on_a_gpu(softcap, sinks, padded, queries, dtype):
     call = make_call(queries=queries, dtype=dtype, device="cuda", softcap=softcap, sinks=SINKS if sinks else None)
     slots = make_slots(call, [7, 30, 0, 12])
-    padding = left_padding(call, [0, 4]) if padded else None
     for name in (None, "blockwise", "headwise"):
-        check(name, call, slots, padding)
+        check(name, call, slots, [0, 4] if padded else None)

@@ -1,9 +1,10 @@
-"""What a back end is: attention of a layer's queries over the slots of one shelf, and nothing else.
+"""What a back end is: attention of a layer's queries over the slots of one shelf.
 
-Tail, padding, sinks and the attention that the tail receives are joined to it in one place, `runtime/join.py`.
+Tail, padding, sinks and the attention that the tail receives are joined to it in one place, `runtime/join.py`; a back end that
+can do all of that in the same kernel says so, and takes the whole layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -23,12 +24,13 @@ class Asked:
     """A layer's queries: of every row of the batch and KV head those of its group, one after the other.
 
     query `(rows, asked, head_dim)` in the model's dtype, `rows` = batch * kv_heads and `asked` = group * queries. Every query
-    sees every slot. batch: rows of the batch.
+    sees every slot. batch: rows of the batch. queries: of every head.
     """
 
     query: Tensor
     softmax: Softmax
     batch: int
+    queries: int
 
     @cached_property
     def scaled(self) -> Tensor:
@@ -53,6 +55,20 @@ class Pieces:
     output: Tensor
     log_sum_exp: Tensor
     owner: Tensor
+
+
+@dataclass(frozen=True)
+class Recent:
+    """A layer's unmerged tail, for back ends that take the whole layer.
+
+    keys `(batch, kv_heads, tail, head_dim)` and values `(batch, kv_heads, tail, value_dim)` in the model's dtype, views of a
+    larger store. The newest query sees all of it, query q up to position q + tail - queries. unused: of every row of the batch
+    the first columns that are not tokens of its text, which nobody sees; None if there are none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    unused: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,9 @@ class Backend:
 
     told: what it does, in a few words. attend: see above. unable: why it cannot serve a shelf, in a clause; None if it can.
     most: queries of a KV head up to which it is the faster, where more are left to the next; None: any number. marked: its
-    slots need their bias in extra dimensions of the keys (`backends/varlen.py`); the others read such slots too.
+    slots need their bias in extra dimensions of the keys (`backends/varlen.py`); the others read such slots too. whole: where
+    all shelves of a layer are its to serve, attention over them and the tail at once, with padding and sinks: what
+    `join.ragged_attention` gives, the attention that the tail received only if the last argument is true.
     """
 
     told: str
@@ -89,3 +107,4 @@ class Backend:
     unable: Callable[[Facts], str | None] = always
     most: int | None = None
     marked: bool = False
+    whole: "Callable[[Asked, Sequence[Shelf], Recent, bool], tuple[Tensor, Tensor | None]] | None" = None
