@@ -13,16 +13,16 @@ from torch import Tensor
 
 def turn(vectors: Tensor) -> Tensor:
     """Rotate `(..., dim)`: lengths and products between vectors stay what they are. The dtype stays, the sums are float32."""
-    return (vectors.float() @ _matrix(vectors.shape[-1], vectors.device)).to(vectors.dtype)
+    return (vectors.float() @ rotation_matrix(vectors.shape[-1], vectors.device)).to(vectors.dtype)
 
 
 def turn_back(vectors: Tensor) -> Tensor:
     """The inverse of `turn`."""
-    return (vectors.float() @ _matrix(vectors.shape[-1], vectors.device).mT).to(vectors.dtype)
+    return (vectors.float() @ rotation_matrix(vectors.shape[-1], vectors.device).mT).to(vectors.dtype)
 
 
 @lru_cache(maxsize=64)
-def _matrix(dim: int, device: torch.device) -> Tensor:
+def rotation_matrix(dim: int, device: torch.device) -> Tensor:
     """The rotation `(dim, dim)` of row vectors, orthonormal. One product is faster than butterflies up to 256 at least."""
     # Made once and used in passes with gradients and without.
     with torch.inference_mode(False):

@@ -80,7 +80,7 @@ def _devices() -> tuple[dict[str, str], list[str]]:
     import torch
 
     memory = f", {host_memory() / 2**30:.1f} GiB of memory" if host_memory() else ""
-    devices = {"cpu": f"{torch.get_num_threads()} threads for torch of {os.cpu_count()} cores{memory}"}
+    devices = {"cpu": f"{torch.get_num_threads()} threads for torch of {os.cpu_count()} cores{memory}; {_decoding()}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"
@@ -93,6 +93,16 @@ def _devices() -> tuple[dict[str, str], list[str]]:
             "that the driver supports"
         )
     return devices, problems
+
+
+def _decoding() -> str:
+    """Whether a merged cache is decoded by compiled code on CPUs, in a clause."""
+    from kvprofile.runtime.backends.compiled.backend import missing
+
+    why = missing()
+    return (
+        f"decoding by compiled code (numba {metadata.version('numba')})" if why is None else f"decoding by torch: {why}"
+    )
 
 
 def host_memory() -> int:

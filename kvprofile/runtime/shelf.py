@@ -1,6 +1,7 @@
 """A shelf: one layer's slots of the KV heads that store keys and values in the same way, and how they are read."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Shelf:
 
     Rows (b, h) are the layer's, b * kv_heads + h; those of heads that are on another shelf hold nothing. servers: the back
     ends that can serve it, by name. mean `(kv_heads, head_dim)` float32: what was taken off the keys before they were stored;
-    None: nothing. weighs: False if every slot's bias is zero, and none is stored.
+    None: nothing. weighs: False if every slot's bias is zero, and none is stored. plan: what a back end keeps between steps.
     """
 
     facts: Facts
@@ -31,6 +32,7 @@ class Shelf:
     mean: Tensor | None
     weighs: bool
     blocks: Blocks = field(init=False)
+    plan: Any = field(default=None, init=False, compare=False)
 
     @property
     def key_codec(self) -> Codec:

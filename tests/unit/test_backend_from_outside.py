@@ -6,7 +6,7 @@ import torch
 from kvprofile import KVMerger
 from kvprofile.errors import UsageError
 from kvprofile.runtime.backends.contract import Asked, Backend, Pieces, Recent
-from kvprofile.runtime.backends.table import BACKENDS
+from kvprofile.runtime.backends.table import BACKENDS, able
 from tests.unit.tiny_models import tiny_model, tiny_text, uniform_values
 
 
@@ -68,7 +68,8 @@ def test_it_serves_where_it_is_asked_for_and_gives_what_the_others_give(name):
         found[backend] = [model(text[:, 100:117], past_key_values=cache).logits]
         found[backend] += [model(text[:, at : at + 1], past_key_values=cache).logits for at in (117, 118)]
         full = 0 if name == "gemma2" else 1  # its other layer has a window
-        assert cache.backends() == [[backend or "blockwise"], [backend or "blockwise"] if full else ["stock"]]
+        served = backend or able(cache.layers[0].state.shelves[0].facts)[0]
+        assert cache.backends() == [[served], [served] if full else ["stock"]]
         merger.detach()
     for others in found.values():
         torch.testing.assert_close(others, found[None], rtol=1e-4, atol=1e-4)

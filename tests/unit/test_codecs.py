@@ -287,7 +287,7 @@ def test_the_host_never_waits(gpu, name):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_what_was_made_under_inference_serves_gradients(name):
-    rotation._matrix.cache_clear()
+    rotation.rotation_matrix.cache_clear()
     codec = CODECS[name]
     with torch.inference_mode():
         read(name, vectors(2, 48))

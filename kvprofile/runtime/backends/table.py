@@ -2,6 +2,7 @@
 
 from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.runtime.backends.blockwise import FEW, blockwise_attention
+from kvprofile.runtime.backends.compiled.backend import attend_layer, attend_slots, unfit
 from kvprofile.runtime.backends.contract import Backend, Facts
 from kvprofile.runtime.backends.headwise import headwise_attention
 from kvprofile.runtime.backends.varlen import unsuited, varlen_attention
@@ -9,6 +10,7 @@ from kvprofile.runtime.backends.varlen import unsuited, varlen_attention
 # In this order. One of your own is registered under a name that begins with `x-`, and serves where it is asked for.
 BACKENDS: dict[str, Backend] = {
     "varlen": Backend("CUDA's variable-length kernel", varlen_attention, unsuited, marked=True),
+    "compiled": Backend("compiled code", attend_slots, unfit, most=FEW, whole=attend_layer),
     "blockwise": Backend("products over blocks", blockwise_attention, most=FEW),
     "headwise": Backend("products head by head", headwise_attention),
 }
@@ -43,6 +45,6 @@ def serving(names: list[str], queries: int) -> str:
 def explained(facts: Facts, queries: int) -> str:
     """Which back end serves, and why none before it does."""
     name = serving(able(facts), queries)
-    why = next((reason for one in BACKENDS.values() if (reason := one.unable(facts)) is not None), None)
-    told = BACKENDS[name].told
-    return told if why is None or BACKENDS[name].marked else f"{told} ({why})"
+    names = list(BACKENDS)
+    why = [reason for other in names[: names.index(name)] if (reason := BACKENDS[other].unable(facts)) is not None]
+    return BACKENDS[name].told + (f" ({'; '.join(why)})" if why else "")

@@ -1,0 +1,116 @@
+"""The back end: a plan for every layer, kept until its slots change, and one call of the kernel a step."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvprofile.runtime.backends.compiled.formats import format_of
+from kvprofile.runtime.backends.contract import Asked, Facts, Pieces, Recent
+
+if TYPE_CHECKING:
+    from kvprofile.runtime.backends.compiled.plan import Plan
+    from kvprofile.runtime.shelf import Shelf
+
+INSTEAD = "pip install 'kvprofile[fast]' decodes faster on CPUs"
+
+
+def unfit(facts: Facts) -> str | None:
+    """Why the kernel cannot serve a shelf, in a clause; None if it can."""
+    if facts.device.type != "cpu":
+        return "compiled code is the CPU's"
+    for codec in facts.codecs:
+        if format_of(codec, facts.dtype) is None:
+            return f"compiled code does not read {codec} slots of a {str(facts.dtype).removeprefix('torch.')} model"
+    return missing()
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why there is no compiled code here, in a clause; None if there is."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return INSTEAD if isinstance(error, ModuleNotFoundError) else f"numba cannot be loaded: {error}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _address() -> int:
+    """Of the compiled kernel; the first call on a machine compiles it, and keeps it on disk."""
+    from kvprofile.runtime.backends.compiled.kernel import compiled
+
+    try:
+        return compiled(cache=True).address
+    except RuntimeError:  # no folder that numba may write to
+        return compiled(cache=False).address
+
+
+def attend_slots(asked: Asked, shelf: "Shelf") -> Pieces:
+    """See `contract.Backend`: for layers of which another back end serves a part."""
+    plan = _plan([shelf], asked, with_tail=False)
+    room = torch.empty(plan.piece_floats + plan.scratch_floats)
+    plan.set(
+        asked,
+        pieces=room.data_ptr(),
+        scratch=room.data_ptr() + 4 * plan.piece_floats,
+    )
+    plan.run(_address())
+    count = asked.query.shape[1]
+    tops, totals, sums = (
+        room[: plan.piece_floats].view(plan.items, -1).split([count, count, count * plan.value_dim], -1)
+    )
+    output = sums.unflatten(-1, (count, -1)) / totals.unsqueeze(-1)
+    return Pieces(shelf.output(output), (tops + totals.log()).unsqueeze(-1), plan.owner)
+
+
+def attend_layer(asked: Asked, shelves: "Sequence[Shelf]", recent: Recent, mass: bool) -> tuple[Tensor, Tensor | None]:
+    """See `contract.Backend.whole`. Half-precision inputs are multiplied in float32."""
+    plan = _plan(shelves, asked, with_tail=True)
+    keys, values, sinks = _dense(recent.keys), _dense(recent.values), asked.softmax.sinks
+    batch, kv_heads, tail, _ = keys.shape
+    rows, count = asked.query.shape[:2]
+    output = torch.empty(batch, asked.queries, rows * count // batch // asked.queries, plan.value_dim)
+    received = torch.empty(batch, kv_heads, tail) if mass else None
+    room = torch.empty(plan.piece_floats + plan.scratch_floats + rows * count * tail)
+    unused = None if recent.unused is None else torch.tensor(recent.unused)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    pieces = room.data_ptr()
+    plan.set(
+        asked,
+        tail=tail,
+        kv_heads=kv_heads,
+        output=output.data_ptr(),
+        mass=0 if received is None else received.data_ptr(),
+        unused=0 if unused is None else unused.data_ptr(),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        pieces=pieces,
+        scratch=pieces + 4 * plan.piece_floats,
+        weights=pieces + 4 * (plan.piece_floats + plan.scratch_floats),
+        key_row=keys.stride(0),
+        key_head=keys.stride(1),
+        value_row=values.stride(0),
+        value_head=values.stride(1),
+    )
+    plan.set_tail(keys, values)
+    plan.run(_address())
+    return output.to(recent.values.dtype), received
+
+
+def _dense(vectors: Tensor) -> Tensor:
+    """With the elements of a vector beside one another."""
+    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+
+
+def _plan(shelves: "Sequence[Shelf]", asked: Asked, with_tail: bool) -> "Plan":
+    from kvprofile.runtime.backends.compiled.plan import Plan, mark_of
+    from kvprofile.runtime.backends.compiled.threads import threads
+
+    mark = mark_of(shelves, asked.query.shape[1], threads(), with_tail)
+    plan = shelves[0].plan
+    if plan is None or plan.mark != mark:
+        shelves[0].plan = plan = Plan(shelves, mark)
+    return plan
