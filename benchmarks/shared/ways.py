@@ -19,7 +19,7 @@ from kvprofile.evaluate.filled import Filled
 from kvprofile.evaluate.rows import Row, Store, digest, identity
 from kvprofile.models.load import LoadedModel
 from kvprofile.profile.profile import Profile
-from kvprofile.runtime.cache import allocated_bytes
+from kvprofile.runtime.cache import held_bytes
 from kvprofile.runtime.merger import KVMerger
 from shared import whole_cache
 from shared.whole_cache import Rival
@@ -88,7 +88,7 @@ def of_plans(loaded: LoadedModel, plans: Mapping[str, Profile], context: Tensor)
     if not plans:
         return []
     twin = copy.deepcopy(loaded.model).to(torch.bfloat16)
-    stock = allocated_bytes(fill(twin, DynamicCache(config=twin.config), context))
+    stock = held_bytes(fill(twin, DynamicCache(config=twin.config), context))
     filled = Filled(twin, context)
     known = identity(loaded)["code"]
 

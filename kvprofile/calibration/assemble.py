@@ -22,7 +22,7 @@ from kvprofile.merging.policies import POLICIES
 from kvprofile.names import NO_CODEC
 from kvprofile.planning.plans import make_plan
 from kvprofile.profile.profile import Profile
-from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, Statistics
+from kvprofile.profile.schema import SCHEMA_VERSION, Created, DamageFacts, LayerStatistics, ModelFacts, Statistics
 
 
 def make_profile(
@@ -45,7 +45,7 @@ def make_profile(
     origin. Raises UsageError for a bad budget or choice, MismatchError where the budget is out of reach.
     """
     arrays = statistics.finish()
-    facts = _statistics_facts(statistics, run.base, run.mix)
+    facts = _statistics_facts(statistics, run.base, run.mix, run.model)
     plan = make_plan(
         run.model,
         run.policies,
@@ -83,7 +83,7 @@ def make_profile(
     return profile, arrays
 
 
-def _statistics_facts(statistics: Measurements, policy: str, mix: ProbeMix) -> Statistics:
+def _statistics_facts(statistics: Measurements, policy: str, mix: ProbeMix, model: ModelFacts) -> Statistics:
     """The part of the statistics that goes into the JSON: the ratios under the policy's own rule, and persistence."""
     own = POLICIES[policy].rule
     rule = own if own in ("anchor", "complete") else "chain"
@@ -107,6 +107,7 @@ def _statistics_facts(statistics: Measurements, policy: str, mix: ProbeMix) -> S
             kinds=list(mix.kinds),
             **asdict(mix),
             **_codec_facts(statistics),
+            windows=model.windowed_layers() if statistics.windows is not None else [],
         ),
         arrays=None,
     )

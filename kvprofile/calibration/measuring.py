@@ -9,6 +9,7 @@ from torch import Tensor
 from kvprofile.calibration.hidden_states import count_layers, counting_layers, watching_hidden
 from kvprofile.calibration.measure.damage import Reading
 from kvprofile.calibration.measure.statistics import Measurements
+from kvprofile.calibration.measure.window_damage import WindowReading
 from kvprofile.calibration.observe import observing
 from kvprofile.calibration.partials import Partial
 from kvprofile.calibration.planting import plant
@@ -95,7 +96,9 @@ def _read(
     loaded: LoadedModel, sample: Sample, statistics: Measurements, mix: ProbeMix, *, seed: int, track: Track
 ) -> None:
     model, curves = loaded.model, statistics.damage
-    merged = facts_of(loaded).full_attention_layers()
+    facts = facts_of(loaded)
+    merged = facts.full_attention_layers()
+    windows = {} if statistics.windows is None else dict.fromkeys(facts.windowed_layers(), facts.window or 0)
     parts = Parts(track, count_layers(model) if curves is None else 2 * count_layers(model) + len(merged))
 
     def on_context(layer: int, call: AttentionCall, mass: Tensor | None) -> None:
@@ -114,6 +117,10 @@ def _read(
             statistics.codecs.update(merged.index(layer), reading)
         parts.tick()
 
+    def on_window(layer: int, reading: WindowReading) -> None:
+        assert statistics.windows is not None  # it was asked for
+        statistics.windows.update(list(windows).index(layer), reading)
+
     with (
         observing(model) as observer,
         watching_hidden(model, statistics.change.update),
@@ -124,4 +131,13 @@ def _read(
             return
         context, questions = plant(sample.context, loaded.tokenizer, facts=mix.facts, lookups=mix.lookups, seed=seed)
         probe = make_probe(context, sample.continuation, seed, mix=mix, questions=questions)
-        read_probe(observer, probe, on_context, on_probe, layers=merged, seed=seed)
+        read_probe(
+            observer,
+            probe,
+            on_context,
+            on_probe,
+            layers=merged,
+            seed=seed,
+            windows=windows,
+            watch_window=on_window,
+        )

@@ -10,6 +10,7 @@ from kvprofile.calibration.measure.codec_damage import CodecDamage
 from kvprofile.calibration.measure.damage import DamageCurves
 from kvprofile.calibration.measure.key_mean import KeyMean
 from kvprofile.calibration.measure.statistics import Measurements
+from kvprofile.calibration.measure.window_damage import WindowDamage
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.calibration.run_facts import run_facts
 from kvprofile.errors import KVProfileError, MismatchError
@@ -169,7 +170,7 @@ def empty_statistics(
 
     Damage curves for the candidates, if there are any, and what storing slots costs for the `codecs`.
     """
-    merged, heads = len(model.full_attention_layers()), model.kv_heads
+    merged, heads, windows = len(model.full_attention_layers()), model.kv_heads, model.windowed_layers()
     return Measurements(
         model.layers,
         heads,
@@ -179,6 +180,7 @@ def empty_statistics(
         damage=DamageCurves(merged, heads, candidates, mix.kinds) if candidates else None,
         codecs=CodecDamage(merged, heads, coded(candidates), mix.kinds, codecs) if codecs else None,
         key_mean=KeyMean(model.layers, heads, model.head_dim) if codecs else None,
+        windows=WindowDamage(len(windows), heads, mix.kinds, codecs) if codecs and windows else None,
     )
 
 

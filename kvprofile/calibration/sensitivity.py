@@ -1,11 +1,13 @@
 """One sample read in full: the context's scores, then the probe's attention and how the answers depend on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from kvprofile.calibration.measure.probed import Reading, some_of
+from kvprofile.calibration.measure.window_damage import WindowReading, window_reading
 from kvprofile.calibration.observe import Observer
 from kvprofile.calibration.probes import Probe
 from kvprofile.errors import KVProfileError
@@ -28,10 +30,13 @@ def read_probe(
     *,
     layers: list[int],
     seed: int,
+    windows: Mapping[int, int] = MappingProxyType({}),
+    watch_window: Callable[[int, WindowReading], None] = lambda _layer, _reading: None,
 ) -> None:
     """Read a context and its probe; hand over the context's calls as they come, then a `Reading` of each of `layers`.
 
-    With the calls of `layers` comes the attention mass, `(1, kv_heads, tokens)`.
+    Of the layers with a window of so many tokens, `windows`, a `WindowReading` each. With the calls of `layers` comes the
+    attention mass, `(1, kv_heads, tokens)`.
 
     The context is read once, without a graph; the gradients go through the probe's few tokens only. Memory is that of the
     context's full cache and the probe's graph.
@@ -49,6 +54,7 @@ def read_probe(
                 {size: window_mass(call.query, call.key, call.softmax, window=size) for size in sizes},
                 newest_queries(call.query, call.key, call.value, call.softmax, count=asked),
             )
+        if layer in layers or layer in windows:
             contexts[layer] = call.key, call.value
         watch_context(layer, call, mass)
 
@@ -60,18 +66,23 @@ def read_probe(
 
     observer.read(probe.context, on_context, keep=True)
     logits = observer.read(probe.tokens, on_probe, grad=True)
-    outputs = [attended[layer][1] for layer in layers]
+    outputs = [attended[layer][1] for layer in (*layers, *windows)]
     gradients, scale = _gradients(logits, outputs, seed)
     tokens, few = len(probe.context), some_of(probe.kind)
     with torch.no_grad():
         for index, layer in enumerate(layers):
             call, _ = attended.pop(layer)
-            mass, windows, queries = scores.pop(layer)
+            mass, received, queries = scores.pop(layer)
             keys, values = contexts.pop(layer)
-            context = Tokens(keys, values, mass, windows, 0, tokens, queries)
+            context = Tokens(keys, values, mass, received, 0, tokens, queries)
             slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
             kind, some = (index.to(slopes.device, non_blocking=True) for index in (probe.kind, few))
             watch_probe(layer, Reading(context, call, slopes, kind, some))
+        for index, (layer, window) in enumerate(windows.items(), len(layers)):
+            call, _ = attended.pop(layer)
+            slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
+            kind, some = (index.to(slopes.device, non_blocking=True) for index in (probe.kind, few))
+            watch_window(layer, window_reading(call, contexts.pop(layer), window, slopes, kind=kind, few=some))
 
 
 def _gradients(logits: Tensor, outputs: list[Tensor], seed: int) -> tuple[list[tuple[Tensor, ...]], float]:

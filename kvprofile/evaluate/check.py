@@ -18,7 +18,7 @@ from kvprofile.models.device_memory import explaining_memory
 from kvprofile.planning.plans import replan
 from kvprofile.profile.profile import Profile
 from kvprofile.profile.schema import Achieved, Check, Fidelity, ModeCheck
-from kvprofile.runtime.cache import allocated_bytes
+from kvprofile.runtime.cache import held_bytes
 from kvprofile.runtime.merger import KVMerger
 from kvprofile.samples import Sample
 
@@ -116,7 +116,7 @@ def _measure(
     full: list[int] = []
     stock = DynamicCache(config=model.config)
     with counting_layers(model, tick):
-        reference = read_through(model, stock, trial, lambda cache: full.append(allocated_bytes(cache)))
+        reference = read_through(model, stock, trial, lambda cache: full.append(held_bytes(cache)))
     rows = []
     for merger in mergers:
         read, ratio, size = run_merged(model, merger, trial, layers, tick)

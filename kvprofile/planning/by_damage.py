@@ -1,7 +1,7 @@
 """Shares, policies and codecs by measured damage: the rule `damage`, for slots or for bytes; and alike for all heads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,7 @@ from kvprofile.planning.codecs import codec_curve
 from kvprofile.planning.evidence import Decision, Evidence, decision
 from kvprofile.planning.reach import check_reach
 from kvprofile.planning.sizes import NOTHING, Pair, Sizes, recent_tokens, sizes_of
+from kvprofile.planning.windows import Windows
 
 BYTE_STEPS = 512  # of the grid of costs where bytes are counted: a slot may cost a sixth of a token
 TRIES = 8  # at meeting the bytes from below; heads' blocks fill up in steps
@@ -44,26 +45,26 @@ class ByDamage:
         if not self.in_bytes:
             check_slots(self.envelope, amount)
             return self._decision(spend(self.envelope, amount))
-        costs = self.envelope.costs
-        check_reach(amount, costs[0], max(1.0, costs[-1]), what="bytes", because=self._least)
+        lowest, highest = self._reach
+        check_reach(amount, lowest, max(1.0, highest), what="bytes", because=self._least)
         # As much as can be spent, from below: what a plan really takes is told by its blocks, which fill up in steps.
-        target, margin = min(amount, costs[-1]), 0.0
+        target, margin = min(amount, highest), 0.0
         best, taken = None, np.inf
         for _ in range(TRIES):
-            found = self._decision(spend(self.envelope, target))
+            found = self._decision(spend(self.envelope, target * self._part))
             size = self.size(found)
             fits = size <= amount
             if best is None or (size > taken if fits and taken <= amount else size < taken):
                 best, taken = found, size
-            if fits and (size >= (1 - NEAR) * amount or target >= costs[-1]):
+            if fits and (size >= (1 - NEAR) * amount or target >= highest):
                 break
             margin = margin / 2 if fits else 2 * margin + NEAR * amount
-            target = float(np.clip(target + amount - size - margin, costs[0], costs[-1]))
+            target = float(np.clip(target + amount - size - margin, lowest, highest))
         assert best is not None  # it was tried
         return best
 
     def size(self, found: Decision) -> float:
-        """The fraction of a 16-bit cache's bytes that the merged layers take, to the block."""
+        """The fraction of a 16-bit cache's bytes that the planned layers take, to the block."""
         total, policies = 0.0, self.evidence.policies
         pairs = iter(found.pairs)
         for share, names in zip(found.share, found.policy, strict=True):
@@ -73,7 +74,24 @@ class ByDamage:
                 total += len(heads)  # the stock cache
             else:
                 total += sum(self._sizes.head(own, pair, recent) for own, pair in heads)
-        return total / found.share.size
+        return (total + self.windows.size(found.windows)) / (found.share.size + self.windows.heads * self.windows.unit)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """The sliding layers."""
+        return Windows(self.evidence, self._sizes, self.pairs)
+
+    @property
+    def _part(self) -> float:
+        """What a row of the envelope takes on average in the stock cache: rows of sliding layers take less than others."""
+        return 1.0 if self.alike else self.windows.part(self.evidence.size[0] * self.evidence.size[1])
+
+    @cached_property
+    def _reach(self) -> tuple[float, float]:
+        """The least fraction of the bytes, and the largest that can be spent to any use."""
+        costs, damage = self.envelope.costs, self.envelope.damage
+        least, most = (costs[place].mean() for place in (np.isfinite(damage).argmax(axis=1), damage.argmin(axis=1)))
+        return float(least) / self._part, float(most) / self._part
 
     @cached_property
     def envelope(self) -> Envelope:
@@ -83,7 +101,13 @@ class ByDamage:
         groups = 1 if self.alike else layers if self.evidence.granularity == "layer" else layers * heads
         if groups < layers * heads:
             choices = [choice.in_groups(groups) for choice in choices]
-        return lower_envelope(choices, BYTE_STEPS if self.in_bytes else STEPS)
+        if not self.in_bytes or not self.windows.layers:
+            return lower_envelope(choices, BYTE_STEPS if self.in_bytes else STEPS)
+        if self.alike:
+            options = zip(choices, self._options, strict=True)
+            choices = [self.windows.within(choice, pair, layers * heads) for choice, (_, pair) in options]
+            return lower_envelope(choices, BYTE_STEPS)
+        return self.windows.beside(lower_envelope(choices, BYTE_STEPS), groups // layers * len(self.windows.layers))
 
     @cached_property
     def _options(self) -> list[tuple[str, Pair]]:
@@ -113,11 +137,23 @@ class ByDamage:
 
     def _decision(self, found: Allocation) -> Decision:
         size = self.evidence.size
-        heads = size[0] * size[1] // len(found.share)
-        share, chosen = np.repeat(found.share, heads), np.repeat(found.choice, heads)
+        # Rows of merged layers come first, then those of sliding ones, which have a pair and no policy.
+        rows = len(found.share) * size[0] // (size[0] + len(self.windows.layers)) if self._apart else len(found.share)
+        heads = size[0] * size[1] // rows
+        share, chosen = np.repeat(found.share[:rows], heads), np.repeat(found.choice[:rows], heads)
         options = [self._options[index] for index in chosen]
         names = np.array([name for name, _ in options])
-        return decision(share.reshape(size), names.reshape(size), [pair for _, pair in options], found.bound)
+        made = decision(share.reshape(size), names.reshape(size), [pair for _, pair in options], found.bound)
+        if self._apart:
+            pairs = [self.pairs[index - len(self._options)] for index in np.repeat(found.choice[rows:], heads).tolist()]
+        else:
+            pairs = [options[0][1]] * self.windows.heads
+        return replace(made, windows=tuple(pairs))
+
+    @property
+    def _apart(self) -> bool:
+        """True where sliding layers are rows of their own: bytes are spent on them as on others."""
+        return self.in_bytes and not self.alike and bool(self.windows.layers)
 
     @property
     def _least(self) -> str:

@@ -19,8 +19,9 @@ from kvprofile.profile.schema import ModelFacts, PolicyFacts, ProtectionFacts, S
 class Decision:
     """What every head of the merged layers gets, all `(layers, kv_heads)`: share of the slots, policy, codecs.
 
-    damage: predicted, and of it `codec_damage` by the codecs. bound: no allocation of the budget predicts less damage.
-    These are None where they are not known.
+    damage: predicted, and of it `codec_damage` by the codecs. bound: no allocation of the budget predicts less damage. windows:
+    codecs of the heads of sliding layers, one after the other; none: as they are. window_damage: what these do. What is not
+    known is None.
     """
 
     share: NDArray[np.float64]
@@ -30,6 +31,8 @@ class Decision:
     damage: NDArray[np.float64] | None = None
     codec_damage: NDArray[np.float64] | None = None
     bound: float | None = None
+    windows: tuple[Pair, ...] = ()
+    window_damage: NDArray[np.float64] | None = None
 
     @property
     def pairs(self) -> list[Pair]:

@@ -39,7 +39,23 @@ def codec_curves(
 
     Raises UsageError where the arrays do not hold it.
     """
-    found = [arrays.get(name) for name in ("key_codec_damage", "value_codec_damage")]
+    return _both(arrays, ("key_codec_damage", "value_codec_damage"), statistics, objective)
+
+
+def window_curves(
+    arrays: Mapping[str, NDArray[np.generic]], statistics: Statistics, objective: str
+) -> list[NDArray[np.float64]]:
+    """What codecs of keys do to sliding layers, and of values: `(layers, kv_heads, codecs)` each, the objective's sum.
+
+    Raises UsageError where the arrays do not hold it.
+    """
+    return _both(arrays, ("key_window_damage", "value_window_damage"), statistics, objective)
+
+
+def _both(
+    arrays: Mapping[str, NDArray[np.generic]], names: tuple[str, str], statistics: Statistics, objective: str
+) -> list[NDArray[np.float64]]:
+    found = [arrays.get(name) for name in names]
     if any(array is None for array in found):
         raise UsageError("the codecs' damage lies in the arrays beside the profile; give them all, as `measured`")
     return [damage_curves(np.asarray(array), statistics, objective) for array in found]

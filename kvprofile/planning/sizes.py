@@ -12,7 +12,7 @@ from functools import lru_cache
 from kvprofile.names import NO_CODEC
 from kvprofile.profile.measured_arrays import UNCENTRED
 from kvprofile.profile.schema import ProtectionFacts
-from kvprofile.runtime.block_size import block_size
+from kvprofile.runtime.block_size import RECENT, block_size
 
 Pair = tuple[str, str]
 """A codec of keys and one of values."""
@@ -56,6 +56,13 @@ class Sizes:
         slots = max(0, round(share * self.tokens) - recent)
         stored = math.ceil(slots / self.block) * self.block
         return (stored * self.slot(pair) + recent + self._facts(pair, recent)) / self.tokens
+
+    def window(self, held: int, pair: Pair) -> float:
+        """The same of a head that holds a window of so many tokens, the newest as they are."""
+        recent = min(held, RECENT)
+        vectors = sum(_vector(codec, self.head_dim) for codec in pair)
+        mean = 0 if pair[0] in UNCENTRED else 4 * self.head_dim
+        return (((held - recent) * vectors + mean) / self.stock + recent) / self.tokens
 
     def _facts(self, pair: Pair, recent: int) -> float:
         """What is held once a head: the mean of its keys, the attention its newest tokens received, lengths."""

@@ -16,9 +16,18 @@ from kvprofile.planning.codecs import codec_damage, pairs_of
 from kvprofile.planning.evidence import Decision, Evidence
 from kvprofile.planning.objectives import OBJECTIVES, predict
 from kvprofile.planning.reach import check_budget, check_bytes
-from kvprofile.planning.sizes import Pair
+from kvprofile.planning.sizes import NOTHING, Pair
 from kvprofile.planning.solve import thresholds_of
-from kvprofile.profile.schema import HeadPlan, LayerPlan, ModelFacts, Plan, PolicyFacts, Statistics
+from kvprofile.profile.schema import (
+    HeadPlan,
+    LayerPlan,
+    ModelFacts,
+    Plan,
+    PolicyFacts,
+    Statistics,
+    WindowHead,
+    WindowPlan,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +105,9 @@ class Solver:
             predicted_ratio=ratio,
             predicted_bytes=round(self._sized.size(found), 6),
             predicted_damage=total(found),
-            predicted_codec_damage=None if found.codec_damage is None else _four_digits(found.codec_damage.sum()),
+            predicted_codec_damage=None
+            if found.codec_damage is None
+            else _four_digits(found.codec_damage.sum() + _of_windows(found)),
             damage_bound=None if found.bound is None else _four_digits(found.bound),
             layers=[
                 LayerPlan(
@@ -107,6 +118,7 @@ class Solver:
                 )
                 for row, layer in enumerate(evidence.merged)
             ],
+            windows=_windows(found, self._sized.windows.layers),
         )
 
     def decide(self, amount: float) -> Decision:
@@ -114,7 +126,11 @@ class Solver:
         (check_bytes if self.in_bytes else check_budget)(amount)
         evidence = self.evidence
         by_damage = self.in_bytes or self.rule == "damage"
-        found = self._sized.decide(amount) if by_damage else by_rule(evidence, self.rule, amount, self._pairs[0])
+        if by_damage:
+            found = self._sized.decide(amount)
+        else:
+            found = by_rule(evidence, self.rule, amount, self._pairs[0])
+            found = replace(found, windows=(self._pairs[0],) * self._sized.windows.heads)
         if self.mode == "threshold" and not (self._cosine(found.policy) | (found.share >= 1)).all():
             raise UsageError(
                 "threshold mode needs policies that go by cosine in every head; give for example --policy gauss, or use exact "
@@ -125,8 +141,8 @@ class Solver:
         damage = predict(evidence.curves, self.statistics, found.policy, found.share)
         if damage is None:
             return found
-        coded = codec_damage(evidence, found)
-        return replace(found, damage=damage + coded, codec_damage=coded)
+        coded, passing = codec_damage(evidence, found), self._sized.windows.damage_of(found.windows)
+        return replace(found, damage=damage + coded, codec_damage=coded, window_damage=passing)
 
     @cached_property
     def _pairs(self) -> list[Pair]:
@@ -159,7 +175,27 @@ def _known(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def total(decision: Decision) -> float | None:
     """Predicted damage of all heads, to four digits as a profile has it."""
-    return None if decision.damage is None else _four_digits(decision.damage.sum())
+    return None if decision.damage is None else _four_digits(decision.damage.sum() + _of_windows(decision))
+
+
+def _of_windows(decision: Decision) -> float:
+    return 0.0 if decision.window_damage is None else float(decision.window_damage.sum())
+
+
+def _windows(found: Decision, layers: list[int]) -> list[WindowPlan]:
+    """What of the sliding layers is packed: those of which every head stays as it is are left out."""
+    planned, heads = [], len(found.windows) // max(1, len(layers))
+    for row, layer in enumerate(layers if found.windows else []):
+        own = range(row * heads, (row + 1) * heads)
+        if any(found.windows[head] != NOTHING for head in own):
+            planned.append(WindowPlan(layer=layer, heads=[_window(found, head) for head in own]))
+    return planned
+
+
+def _window(found: Decision, head: int) -> WindowHead:
+    keys, values = found.windows[head]
+    damage = None if found.window_damage is None else _four_digits(found.window_damage[head])
+    return WindowHead(key_codec=keys, value_codec=values, damage=damage)
 
 
 def _four_digits(value: float) -> float:

@@ -48,7 +48,18 @@ def model_facts(config: Any) -> dict[str, Any]:
         "attention": _attention(text),
         "rope": json.loads(json.dumps(values["rope_parameters"], default=str)),
         "config_hash": hashlib.sha256(encoded.encode()).hexdigest(),
+        "window": _window(text),
     }
+
+
+def _window(text: Any) -> int | None:
+    """Tokens that sliding or chunked layers see at most; None where there are none, or not all see as many."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    found = {
+        keywords["sliding_window"] for keywords in get_layer_types_and_kwargs(text)[1] if "sliding_window" in keywords
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _attention(text: Any) -> list[str]:

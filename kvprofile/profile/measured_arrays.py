@@ -27,6 +27,8 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "damage_std": ("merged", "policies", "kv_heads", "budgets", "kinds"),
     "key_codec_damage": ("merged", "codec_policies", "kv_heads", "codec_shares", "codecs", "kinds"),
     "value_codec_damage": ("merged", "codec_policies", "kv_heads", "codec_shares", "codecs", "kinds"),
+    "key_window_damage": ("windows", "kv_heads", "codecs", "kinds"),
+    "value_window_damage": ("windows", "kv_heads", "codecs", "kinds"),
     "key_mean": ("layers", "kv_heads", "head_dim"),
 } | {
     f"ratio_{part}.{rule}": ("layers", "kv_heads", "thresholds")
@@ -37,6 +39,7 @@ UNCENTRED = ("none", "bfloat16", "float16")  # codecs to which a mean makes no d
 ALWAYS = ("key_histogram", "value_histogram", "distances", "similarity_by_distance", "similarity_map")
 DAMAGE = ("damage_mean", "damage_std")
 CODEC_DAMAGE = ("key_codec_damage", "value_codec_damage")
+WINDOW_DAMAGE = ("key_window_damage", "value_window_damage")
 
 
 def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: Path) -> None:
@@ -49,7 +52,7 @@ def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: P
     damage = profile.statistics.damage
     needed = [*ALWAYS, *(() if damage is None else DAMAGE)]
     if damage is not None and damage.codecs:
-        needed += [*CODEC_DAMAGE, "key_mean"]
+        needed += [*CODEC_DAMAGE, "key_mean", *(WINDOW_DAMAGE if damage.windows else ())]
     if missing := [name for name in needed if name not in arrays]:
         raise KVProfileError(
             f"{file} holds no {', '.join(missing)}, which the profile says was measured; calibrate anew"
@@ -69,11 +72,11 @@ def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: P
         sizes |= {"policies": len(damage.policies), "budgets": len(damage.budgets), "kinds": len(damage.kinds)}
         if damage.codecs:
             sizes |= {"codec_policies": len(damage.codec_policies), "codec_shares": len(damage.codec_shares)}
-            sizes["codecs"] = len(damage.codecs)
+            sizes |= {"codecs": len(damage.codecs), "windows": len(damage.windows)}
     for name, letters in SHAPES.items():
         if name in arrays:
             _check_shape(f"{file}: {name}", arrays[name], letters, sizes)
-            harm = name in (*DAMAGE, *CODEC_DAMAGE)
+            harm = name in (*DAMAGE, *CODEC_DAMAGE, *WINDOW_DAMAGE)
             if harm and not (np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all()):
                 raise KVProfileError(f"{file}: {name} holds numbers that no damage can have; calibrate anew")
             if name == "key_mean" and not np.isfinite(arrays[name]).all():
@@ -82,7 +85,7 @@ def check_arrays(profile: "Profile", arrays: "Mapping[str, np.ndarray]", file: P
 
 def centring(profile: "Profile") -> list[str]:
     """The plan's codecs that centre keys."""
-    used = {head.key_codec for layer in profile.plan.layers for head in layer.heads}
+    used = {key for heads in profile.plan.codecs.values() for key, _ in heads}
     return sorted(used - set(UNCENTRED))
 
 

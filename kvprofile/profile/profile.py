@@ -65,6 +65,7 @@ class Profile(Strict):
             unknown = {head.policy for head in layer.heads} - set(self.policies)
             if unknown:
                 raise ValueError(f"plan.layers[{layer.layer}] names unknown policies {sorted(unknown)}")
+        self._check_windows()
         if self.plan.mode == "threshold" and (lacking := self.plan.without_thresholds()):
             raise ValueError(f"plan.mode is threshold, and in layers {lacking} merged heads have no epsilon")
         if (damage := self.statistics.damage) is not None:
@@ -78,6 +79,17 @@ class Profile(Strict):
                 raise ValueError("statistics.damage names no policy, budget or kind; null says that none was measured")
             damage.check_codecs()
         return self
+
+    def _check_windows(self) -> None:
+        """Raise ValueError unless windows are measured and planned of layers that have one, each of them once."""
+        facts, damage, planned = self.model, self.statistics.damage, [entry.layer for entry in self.plan.windows]
+        measured = [] if damage is None else damage.windows
+        for name, layers in (("plan.windows", planned), ("statistics.damage.windows", measured)):
+            if sorted(set(layers)) != layers or set(layers) - set(facts.windowed_layers()):
+                raise ValueError(f"{name} must list layers with a window in order: of {facts.windowed_layers()}")
+        for entry in self.plan.windows:
+            if len(entry.heads) != facts.kv_heads:
+                raise ValueError(f"plan.windows[{entry.layer}] has {len(entry.heads)} heads, not {facts.kv_heads}")
 
     def to_json(self) -> str:
         """The file's text: one list of numbers or one head a line, keys in the order of the schema, a newline at the end."""

@@ -19,6 +19,8 @@ Number = Annotated[float, Field(ge=-1e9, le=1e9)]
 Threshold = Annotated[float, Field(ge=-1e15, le=1e15)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# Kinds of attention with a window.
+WINDOWED = ("sliding_attention", "chunked_attention")
 # A name that a program using kvprofile has registered; the runtime refuses it where it is not.
 Foreign = Annotated[str, Field(pattern="^x-[a-z0-9-]+$")]
 
@@ -56,10 +58,18 @@ class ModelFacts(Strict):
     attention: list[str] = Field(description="kind of attention of every layer; only full_attention is merged")
     rope: dict[str, Any] | None
     config_hash: Sha256
+    window: Annotated[int, Field(gt=1, le=2**31 - 1)] | None = Field(
+        default=None,
+        description="tokens that a query of a sliding or chunked layer sees at most, its own among them; null: no such layer",
+    )
 
     def full_attention_layers(self) -> list[int]:
         """Indices of the layers a plan covers; sliding and other layers keep their stock cache."""
         return [index for index, kind in enumerate(self.attention) if kind == "full_attention"]
+
+    def windowed_layers(self) -> list[int]:
+        """Indices of the layers whose window can be packed."""
+        return [] if self.window is None else [index for index, kind in enumerate(self.attention) if kind in WINDOWED]
 
 
 class TextFacts(Strict):
@@ -164,8 +174,14 @@ class DamageFacts(Strict):
         default=[], description="shares of slots at which they did; at 1 nothing is merged"
     )
 
+    windows: list[int] = Field(
+        default=[], description="layers with a sliding window in which the codecs' damage was measured as well"
+    )
+
     def check_codecs(self) -> None:
         """Raise ValueError unless all is said of the codecs, or nothing."""
+        if self.windows and not self.codecs:
+            raise ValueError("statistics.damage names windows, and no codecs that were measured there")
         told = (self.codecs, self.codec_policies, self.codec_shares)
         if any(told) != all(told):
             raise ValueError("statistics.damage names codecs, codec_policies and codec_shares, or none of them")
@@ -230,6 +246,21 @@ class LayerPlan(Strict):
     heads: list[HeadPlan]
 
 
+class WindowHead(Strict):
+    """How one KV head of a layer with a sliding window is stored: every token that the window sees keeps its slot."""
+
+    key_codec: names.Codec | Foreign
+    value_codec: names.Codec | Foreign
+    damage: Number | None = Field(default=None, description="predicted KL, as of other heads")
+
+
+class WindowPlan(Strict):
+    """One layer with a sliding window whose tokens are packed, the newest aside."""
+
+    layer: int
+    heads: list[WindowHead]
+
+
 class Plan(Strict):
     """What the runtime does."""
 
@@ -238,7 +269,7 @@ class Plan(Strict):
     )
     bytes: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
-        description="fraction asked for of the merged layers' bytes in a 16-bit cache; null: slots were asked for",
+        description="fraction asked for of the planned layers' bytes in a 16-bit cache; null: slots were asked for",
     )
     policy: str = Field(description="the policy asked for, or auto: every head its own")
     codec: str = Field(
@@ -254,10 +285,19 @@ class Plan(Strict):
         default=None,
         description="fraction of those bytes at the calibration's length, all overhead in; null: not known",
     )
-    predicted_damage: Number | None = Field(description="sum of the heads' damage")
+    predicted_damage: Number | None = Field(description="sum of the heads' damage, windows among them")
     predicted_codec_damage: Number | None = Field(default=None, description="the part of it that the codecs do")
     damage_bound: Number | None = Field(description="no allocation of this budget predicts less")
     layers: list[LayerPlan] = Field(description="the merged layers; every other layer keeps its stock cache")
+    windows: list[WindowPlan] = Field(
+        default=[], description="but for these, whose windows are packed: by damage where that was measured"
+    )
+
+    @property
+    def codecs(self) -> dict[int, list[tuple[str, str]]]:
+        """Codecs of every head's keys and values, by layer, windows among them."""
+        layers: list[LayerPlan | WindowPlan] = [*self.layers, *self.windows]
+        return {entry.layer: [(head.key_codec, head.value_codec) for head in entry.heads] for entry in layers}
 
     @property
     def asked(self) -> float:

@@ -138,6 +138,7 @@ function madePlans(data) {
   const { amounts, totals, pairs, ...coded } = data.byte_plans, heads = data.kv_heads, size = data.merged.length * heads;
   const shares = decode(coded.share, Float32Array), damages = decode(coded.damage, Float32Array);
   const policies = decode(coded.policy, Uint8Array), chosen = decode(coded.pair, Uint8Array);
+  const windows = decode(coded.window, Uint8Array), held = windows.length / amounts.length;
   const replan = (amount) => {
     const at = amounts.indexOf(amount);
     const rows = (value) => data.merged.map((_, row) =>
@@ -147,6 +148,8 @@ function madePlans(data) {
       policy: rows((place) => data.policies[policies[place]].name),
       damage: rows((place) => damages[place]),
       codecs: rows((place) => pairs[chosen[place]]),
+      windows: Array.from({ length: held / heads }, (_, row) =>
+        Array.from({ length: heads }, (_, head) => pairs[windows[at * held + row * heads + head]])),
       total: totals[at],
     };
   };

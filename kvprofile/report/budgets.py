@@ -21,7 +21,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Cost:
-    """One budget: predicted damage of the plan, and of uniform shares, in nats per token; bytes of the merged layers."""
+    """One budget: predicted damage of the plan, and of uniform shares, in nats per token; bytes of the planned layers."""
 
     budget: float
     damage: float | None
@@ -65,13 +65,22 @@ def arrays_beside(profile: Profile, path: Path) -> dict[str, NDArray[np.generic]
     return load_arrays(profile, path) if beside is not None and lies_at(locate(path).parent / beside.file) else None
 
 
+def windows_planned(profile: Profile) -> bool:
+    """True where a plan's bytes are those of all layers, the ones with a sliding window among them."""
+    measured = profile.statistics.damage
+    return profile.plan.bytes is not None and measured is not None and bool(measured.windows)
+
+
 def merged_bytes(profile: Profile, budget: float) -> int | None:
-    """Bytes of keys and values of the merged layers, at the calibration's length and dtype; None for an unknown dtype.
+    """Bytes of keys and values of the planned layers, at the calibration's length and dtype; None for an unknown dtype.
 
     The page's script computes the same for other lengths, batches and dtypes.
     """
     facts, size = profile.model, BYTES.get(profile.calibration.dtype)
     if size is None:
         return None
-    slots = budget * profile.calibration.measured.tokens * len(profile.attention_layers()) * facts.kv_heads
-    return round(slots * 2 * facts.head_dim * size)
+    tokens = profile.calibration.measured.tokens
+    held = tokens * len(profile.attention_layers())
+    if windows_planned(profile):
+        held += len(facts.windowed_layers()) * min(tokens, (facts.window or 1) - 1)
+    return round(budget * held * facts.kv_heads * 2 * facts.head_dim * size)

@@ -25,7 +25,7 @@ def byte_plans(subject: Subject, policies: Sequence[str]) -> dict[str, Any] | No
 
     A plan for bytes goes by what blocks, scales and offsets take, so the page does not solve: it shows plans that the solver
     made, with the plan's own settings. `share` and `damage` are float32, `policy` (in `policies`) and `pair` (in `pairs`,
-    codecs of keys and values) are bytes, all in base64 by plan, layer and head.
+    codecs of keys and values) are bytes, all in base64 by plan, layer and head. `window`: the pairs of sliding layers.
     """
     profile, arrays = subject.profile, subject.arrays
     if arrays is None or profile.plan.bytes is None or profile.statistics.damage is None:
@@ -41,7 +41,7 @@ def byte_plans(subject: Subject, policies: Sequence[str]) -> dict[str, Any] | No
         found.append(decided)
     if not found:
         return None
-    pairs = sorted({pair for decided in found for pair in decided.pairs})
+    pairs = sorted({pair for decided in found for pair in (*decided.pairs, *decided.windows)})
     places = {pair: place for place, pair in enumerate(pairs)}
     names = {name: place for place, name in enumerate(policies)}
     return {
@@ -51,6 +51,7 @@ def byte_plans(subject: Subject, policies: Sequence[str]) -> dict[str, Any] | No
         "share": _encoded(np.array([decided.share for decided in found], dtype="<f4")),
         "damage": _encoded(np.array([_damage(decided) for decided in found], dtype="<f4")),
         "policy": _encoded(np.array([[names[name] for name in decided.policy.flat] for decided in found], dtype="u1")),
+        "window": _encoded(np.array([[places[pair] for pair in decided.windows] for decided in found], dtype="u1")),
         "pair": _encoded(np.array([[places[pair] for pair in decided.pairs] for decided in found], dtype="u1")),
     }
 

@@ -23,14 +23,15 @@ def slots_caption(profile: Profile) -> str:
         text += f" Layers {most} keep most, layers {least} least."
     stock = profile.model.layers - len(profile.plan.layers)
     if stock:
-        text += f" The {stock} grey layers have no full attention: they keep their stock cache and are not merged."
+        packed = len(profile.plan.windows)
+        kept = "they keep their stock cache" if not packed else f"{packed} of them are packed, the others stock"
+        text += f" The {stock} grey layers have no full attention: {kept} and are not merged."
     return text
 
 
 def bits_caption(profile: Profile) -> str:
     """How bits are spread over the heads."""
-    heads = [head for layer in profile.plan.layers for head in layer.heads]
-    counts = Counter((head.key_codec, head.value_codec) for head in heads)
+    counts = Counter(pair for pairs in profile.plan.codecs.values() for pair in pairs)
     frequent = [keys if keys == values else f"{keys}/{values}" for (keys, values), _ in counts.most_common(3)]
     text = "Bits that a number takes: one figure where keys and values are alike, or keys/values. "
     if len(counts) == 1:

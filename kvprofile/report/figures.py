@@ -32,7 +32,7 @@ def draw(subject: Subject, width: int, policies: Sequence[str]) -> dict[str, Plo
     profile, arrays = subject.profile, subject.arrays
     plots = {"slots": slots_map(profile, width)}
     heads = [head for layer in profile.plan.layers for head in layer.heads]
-    if {codec for head in heads for codec in (head.key_codec, head.value_codec)} != {NO_CODEC}:
+    if {codec for pairs in profile.plan.codecs.values() for pair in pairs for codec in pair} != {NO_CODEC}:
         plots["bits"] = bits_map(profile, width)
     # One policy that goes by a threshold: its thresholds say more than its name in every cell.
     if len({head.policy for head in heads}) == 1 and any(head.epsilon is not None for head in heads):

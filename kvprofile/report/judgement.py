@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvprofile.profile.profile import Profile
-from kvprofile.report.budgets import Cost
+from kvprofile.report.budgets import Cost, windows_planned
 from kvprofile.report.measured import kinds_of, measured_damage, own_check
 from kvprofile.report.numbers import number, rough
 
@@ -64,8 +64,10 @@ def _called(profile: Profile, amount: float) -> str:
 
 
 def covered_bytes(profile: Profile) -> float:
-    """The merged layers' part of the cache's bytes at the calibration's length: measured, or their part of the layers."""
+    """The planned layers' part of the cache's bytes at the calibration's length: measured, or their part of the layers."""
     check = profile.check
+    if windows_planned(profile):
+        return 1.0
     # Where bits are planned too, the slots that are gone say nothing of the bytes.
     if profile.plan.bytes is None and check is not None and (gone := 1 - own_check(profile).achieved.mean) > 0.01:
         return min(1.0, max(0.0, (1 - check.bytes_ratio) / gone))

@@ -65,11 +65,14 @@ function paint(data, side, plan) {
     const holder = byId(`figure-${side}-${figure}`);
     if (!holder) continue;
     const parts = partsOf(holder), fill = (kind, place, change) => parts.get(`${kind} ${place}`)?.forEach(change);
-    data.merged.forEach((layer, row) => plan.share[row].forEach((share, head) => {
-      const { colour, text } = look(share, plan.policy[row][head], plan.codecs?.[row][head]), place = `${layer}-${head}`;
+    const mark = (place, { colour, text }) => {
       fill("cell", place, (cell) => { cell.style.fill = colour; });
       fill("label", place, (label) => { label.textContent = text; label.style.fill = ink(colour); });
-    }));
+    };
+    data.merged.forEach((layer, row) => plan.share[row].forEach((share, head) =>
+      mark(`${layer}-${head}`, look(share, plan.policy[row][head], plan.codecs?.[row][head]))));
+    if (figure === "bits") (plan.windows ?? []).forEach((pairs, row) => pairs.forEach((pair, head) =>
+      mark(`${data.windows[row]}-${head}`, look(1, "", pair))));
     const names = plan.policy.flat();
     data.policies.forEach(({ name, letter }, index) => fill("legend", index, (label) => {
       label.textContent = `${letter}  ${name} (${names.filter((other) => other === name).length})`;
@@ -82,8 +85,11 @@ function startFacts(data, side, shown) {
   const tip = byId("tip");
   const tell = (place) => {
     const [layer, head] = place.split("-").map(Number), row = data.merged.indexOf(layer);
+    const plan = shown(), window = plan.windows?.[data.windows.indexOf(layer)]?.[head];
+    if (row < 0 && window?.some((codec) => codec !== "none"))
+      return [`Layer ${layer}, head ${head}`, "keeps every token of its window", `keys in ${window[0]}, values in ${window[1]}`];
     if (row < 0) return [`Layer ${layer}`, "no full attention: it keeps its stock cache"];
-    const plan = shown(), damage = plan.damage[row][head];
+    const damage = plan.damage[row][head];
     const lines = [`Layer ${layer}, head ${head}`, `keeps ${percent(plan.share[row][head])} of the slots`];
     lines.push(`policy ${plan.policy[row][head]}`);
     if (plan.codecs) lines.push(`keys in ${plan.codecs[row][head][0]}, values in ${plan.codecs[row][head][1]}`);
@@ -199,10 +205,15 @@ function startSlider(data, show, memory) {
   return solver;
 }
 
-/** Bytes of a cache: the stock one, and one that keeps `budget` of the merged layers' slots. */
+/** Bytes of a cache: the stock one, and one that keeps `budget` of the merged layers' slots, or of all planned bytes. */
 function cacheBytes(data, { context, batch, dtype, window }, budget) {
   const token = 2 * data.kv_heads * data.head_dim * data.bytes[dtype] * batch;
-  const others = data.sliding * Math.min(window, context) * token, merged = data.merged.length * context * token;
+  const merged = data.merged.length * context * token;
+  if (data.held !== null) {
+    const stock = merged + data.windows.length * Math.min(data.held, context) * token;
+    return { stock, plan: budget * stock };
+  }
+  const others = data.sliding * Math.min(window, context) * token;
   return { stock: merged + others, plan: budget * merged + others };
 }
 

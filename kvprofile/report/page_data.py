@@ -17,7 +17,7 @@ from kvprofile.planning.evidence import protected_share
 from kvprofile.planning.objectives import OBJECTIVES, damage_curves
 from kvprofile.profile.profile import Profile
 from kvprofile.profile.schema import Plan
-from kvprofile.report.budgets import BYTES
+from kvprofile.report.budgets import BYTES, windows_planned
 from kvprofile.report.byte_plans import byte_plans
 from kvprofile.report.figures import Subject
 from kvprofile.report.heads import median_cosine
@@ -39,11 +39,14 @@ def page_data(subject: Subject, policies: Sequence[str]) -> dict[str, Any]:
         "head_dim": facts.head_dim,
         "merged": profile.attention_layers(),
         "sliding": sliding_layers(profile),
+        "windows": profile.model.windowed_layers(),
+        "held": (facts.window or 1) - 1 if windows_planned(profile) else None,
         "saved": {
             "share": [[head.share for head in layer.heads] for layer in plan.layers],
             "policy": [[head.policy for head in layer.heads] for layer in plan.layers],
             "damage": [[head.damage for head in layer.heads] for layer in plan.layers],
             "codecs": _codecs(plan),
+            "windows": window_pairs(profile),
             "total": plan.predicted_damage,
         },
         "cosine": None if cosine is None else np.round(cosine[profile.attention_layers()], 3).tolist(),
@@ -69,8 +72,16 @@ def _codecs(plan: Plan) -> list[list[tuple[str, str]]] | None:
     return pairs if any(pair != (NO_CODEC, NO_CODEC) for layer in pairs for pair in layer) else None
 
 
+def window_pairs(profile: Profile) -> list[list[tuple[str, str]]]:
+    """Codecs of every head of every layer with a window."""
+    stock, codecs = [(NO_CODEC, NO_CODEC)] * profile.model.kv_heads, profile.plan.codecs
+    return [codecs.get(layer, stock) for layer in profile.model.windowed_layers()]
+
+
 def sliding_layers(profile: Profile) -> int:
-    """How many layers keep a window of tokens instead of all."""
+    """How many layers keep a window of tokens instead of all, and are no part of the plan's bytes."""
+    if windows_planned(profile):
+        return 0
     return sum(kind.startswith(("sliding", "chunked")) for kind in profile.model.attention)
 
 

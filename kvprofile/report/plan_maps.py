@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvprofile.names import NO_CODEC
 from kvprofile.profile.profile import Profile
-from kvprofile.profile.schema import HeadPlan
+from kvprofile.profile.schema import HeadPlan, WindowHead
 from kvprofile.report.style import FAINT, NARROW, Plot, clean, drawing, new_plot, part
 
 Colour = tuple[float, ...]
@@ -87,16 +87,22 @@ def policies_map(profile: Profile, width: int, names: Sequence[str]) -> Plot:
 
 def bits_map(profile: Profile, width: int) -> Plot:
     """Bits that a number of a key and of a value takes in every head, in its codec's name: `keys/values`."""
-    mean = _grid(profile, lambda head: (bits_of(head.key_codec) + bits_of(head.value_codec)) / 2)
-    texts: dict[tuple[int, ...], str] = {
-        (layer.layer, index): head_bits(head) for layer in profile.plan.layers for index, head in enumerate(layer.heads)
-    }
+    mean = _grid(profile, _mean_bits)
+    texts: dict[tuple[int, ...], str] = {}
+    for layer in profile.plan.windows:
+        mean[layer.layer] = [_mean_bits(head) for head in layer.heads]
+    for number, pairs in profile.plan.codecs.items():
+        texts |= {(number, index): bits_of_pair(*pair) for index, pair in enumerate(pairs)}
     return _scale_map(mean, width, "bits of a number, mean of keys and values", SCALE, ends=BITS, texts=texts)
 
 
-def head_bits(head: HeadPlan) -> str:
+def _mean_bits(head: HeadPlan | WindowHead) -> float:
+    return (bits_of(head.key_codec) + bits_of(head.value_codec)) / 2
+
+
+def bits_of_pair(key_codec: str, value_codec: str) -> str:
     """`6/4`: 6 bits a number of a key, 4 of a value; one number where they are alike."""
-    keys, values = bits_of(head.key_codec), bits_of(head.value_codec)
+    keys, values = bits_of(key_codec), bits_of(value_codec)
     return str(keys) if keys == values else f"{keys}/{values}"
 
 

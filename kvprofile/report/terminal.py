@@ -70,7 +70,13 @@ def show(profile: Profile, rows: Sequence["Cost"] = ()) -> None:
         table.add_row(str(layer.layer), f"{layer.share:.1%}", *filled, *cells)
     console.print(table)
     console.print(f"The plan {kept(plan)}.")
-    if stock := facts.layers - len(plan.layers):
+    if plan.windows:
+        counts = Counter(codecs_of(head).strip() or "16 bits" for entry in plan.windows for head in entry.heads)
+        told = ", ".join(f"{count} in {name}" for name, count in counts.most_common())
+        console.print(
+            f"{len(plan.windows)} sliding layers keep their window packed, but for the newest tokens: heads {told}."
+        )
+    if stock := facts.layers - len(plan.layers) - len(plan.windows):
         console.print(f"{stock} other layers (sliding or linear attention) keep their stock cache.")
     _say_verdict(console, profile, rows)
     if profile.statistics.persistence:

@@ -58,7 +58,7 @@ def tiles(profile: Profile) -> list[tuple[str, str, str]]:
     if check is None:
         rows = [("slots kept, as planned", percent(plan.predicted_ratio), f"asked {_asked(plan)}")]
         if plan.predicted_bytes is not None:
-            rows.append(("bytes, as planned", percent(plan.predicted_bytes), "of the merged layers' in 16 bits"))
+            rows.append(("bytes, as planned", percent(plan.predicted_bytes), "of the planned layers' in 16 bits"))
         if plan.predicted_damage is not None:
             rows.append(("damage, predicted", number(plan.predicted_damage), "nats per token"))
         return rows

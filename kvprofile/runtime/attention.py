@@ -77,6 +77,10 @@ class AttentionCall:
             raise KVProfileError(
                 "a merged cache cannot follow a custom 4D attention mask; pass a 2D attention_mask, or none"
             )
+        self.check_inference()
+
+    def check_inference(self) -> None:
+        """Raise KVProfileError where the model adds what a merged cache does not know of, or leaves something out at random."""
         if self.options.get("position_bias") is not None:
             raise KVProfileError(
                 "this model's attention adds a position bias, which a merged cache does not support; generate with the stock "

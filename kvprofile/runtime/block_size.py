@@ -1,5 +1,6 @@
-"""How many slots a block holds: known without torch, for plans."""
+"""How many slots a block holds, and how many tokens none does: known without torch, for plans."""
 
+RECENT = 32  # newest tokens that are never merged or packed, where no policy says otherwise
 SMALLEST, LARGEST = 16, 128  # slots of a block
 
 

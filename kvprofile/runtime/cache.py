@@ -2,27 +2,45 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
 
 from kvprofile.errors import KVProfileError
 from kvprofile.models.context_length import ContextLengthWarning, beyond_context, longest_text
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.layer import MergedLayer
 from kvprofile.runtime.settings import LayerSetting
+from kvprofile.runtime.window import PackedWindow
+from kvprofile.runtime.window_setting import WindowSetting
+
+OWN = (MergedLayer, PackedWindow)  # the layers that are not the stock cache's
 
 
 class MergedCache(Cache):
     """The cache to pass as `past_key_values`; made by `KVMerger.cache()`, one for each generation.
 
-    Full-attention layers are merged; sliding, chunked and linear layers keep their stock cache.
+    Full-attention layers are merged. Layers with a sliding window are packed where a setting says how; they and all others
+    keep their stock cache else.
     """
 
-    def __init__(self, config: PretrainedConfig, settings: dict[int, LayerSetting], attachment: Attachment) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        settings: dict[int, LayerSetting],
+        attachment: Attachment,
+        windows: Mapping[int, WindowSetting] | None = None,
+    ) -> None:
+        windows = windows or {}
         self.attachment = attachment
         # Told once: None from then on, as where the model does not say.
         self.longest = longest_text(config)
@@ -31,11 +49,13 @@ class MergedCache(Cache):
             layers=[
                 MergedLayer(settings[index], index, attachment)
                 if index in settings
+                else PackedWindow(windows[index], index, attachment)
+                if index in windows
                 else DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords)
                 for index, (kind, keywords) in enumerate(zip(types, arguments, strict=True))
             ]
         )
-        self.merged = [layer for layer in self.layers if isinstance(layer, MergedLayer)]
+        self.merged = [layer for layer in self.layers if isinstance(layer, OWN)]
         # The ids `generate` passed last and the position of the first, where they are known to be what the rows hold.
         self.text: tuple[int, Tensor] | None = None
 
@@ -50,7 +70,7 @@ class MergedCache(Cache):
                 "with torch.compile of it"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, MergedLayer):
+        if isinstance(layer, OWN):
             # Layers are updated in turn: those before this one have seen this forward's tokens, those after have not. The
             # first to be updated must find all of them level, or an earlier forward did not come to its end.
             place = self.merged.index(layer)
@@ -69,7 +89,10 @@ class MergedCache(Cache):
                 )
             if not place:
                 self._warn_once(layer.get_seq_length() + key_states.shape[2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if type(layer) is DynamicSlidingWindowLayer:
+            _let_go(layer)
+        return stored
 
     def _warn_once(self, tokens: int) -> None:
         if message := beyond_context(self.longest, tokens, "with these the cache has seen"):
@@ -119,7 +142,7 @@ class MergedCache(Cache):
         self.text = None
         rows = beam_idx.cpu()
         for layer in self.layers:
-            layer.reorder_cache(rows if isinstance(layer, MergedLayer) else beam_idx)
+            layer.reorder_cache(rows if isinstance(layer, OWN) else beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
@@ -143,7 +166,7 @@ class MergedCache(Cache):
         before, and none of its layers has a share of 1 everywhere. It stays as it is. Raises KVProfileError if it has merged.
         """
         for index, (own, other) in enumerate(zip(self.layers, recorded.layers, strict=True)):
-            if isinstance(own, MergedLayer):
+            if isinstance(own, OWN):
                 own.adopt(other)
             else:
                 self.layers[index] = copy.deepcopy(other)
@@ -152,7 +175,7 @@ class MergedCache(Cache):
         """Slots stored now: per layer, per batch row, per KV head; stock layers count what they hold."""
         return [
             layer.lengths()
-            if isinstance(layer, MergedLayer)
+            if isinstance(layer, OWN)
             else [[layer.keys.shape[2]] * layer.keys.shape[1]] * layer.keys.shape[0]
             if getattr(layer, "keys", None) is not None
             else []
@@ -161,11 +184,23 @@ class MergedCache(Cache):
 
     def backends(self) -> list[list[str]]:
         """Which back ends serve the next single token: per layer, one for each shelf; `stock` where there is none."""
-        return [layer.backends() if isinstance(layer, MergedLayer) else ["stock"] for layer in self.layers]
+        return [layer.backends() if isinstance(layer, OWN) else ["stock"] for layer in self.layers]
 
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values and every side tensor, slack included."""
         return allocated_bytes(self)
+
+
+def _let_go(layer: DynamicSlidingWindowLayer) -> None:
+    """Copy a window that is a small part of what was read: the stock layer holds a whole prompt until the next token comes."""
+    keys, values = layer.keys, layer.values
+    if keys.untyped_storage().nbytes() > 2 * keys.numel() * keys.itemsize:
+        layer.keys, layer.values = keys.clone(), values.clone()
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of the numbers that a stock cache holds: its sliding layers may have a whole prompt allocated for a while."""
+    return sum(tensor.numel() * tensor.itemsize for layer in cache.layers for tensor in _tensors(vars(layer)))
 
 
 def allocated_bytes(cache: Cache) -> int:
@@ -173,7 +208,7 @@ def allocated_bytes(cache: Cache) -> int:
     tensors = [
         tensor
         for layer in cache.layers
-        for tensor in (layer.tensors() if isinstance(layer, MergedLayer) else _tensors(vars(layer)))
+        for tensor in (layer.tensors() if isinstance(layer, OWN) else _tensors(vars(layer)))
     ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -32,7 +32,7 @@ def install(model: PreTrainedModel) -> Readers:
     """Switch the model to our attention; `restore` undoes it. Calls nest: the last `restore` gives the model back.
 
     Only the language model's own configuration is switched: vision and audio towers keep theirs. Returns, for every
-    full-attention layer, the modules that attend to its keys. Raises KVProfileError where the model cannot be followed.
+    layer that can be followed, the modules that attend to its keys. Raises KVProfileError where the model cannot be followed.
     """
     installed: _Installed | None = model.__dict__.get(_INSTALLED)
     if installed is not None and installed.model() is not model:

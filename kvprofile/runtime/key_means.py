@@ -21,7 +21,7 @@ def key_means(profile: Profile, arrays: "Mapping[str, np.ndarray] | None") -> di
     Raises MismatchError for a codec that this program does not have, KVProfileError where the means are not at hand or not of
     the model's shape.
     """
-    pairs = {layer.layer: [(head.key_codec, head.value_codec) for head in layer.heads] for layer in profile.plan.layers}
+    pairs = profile.plan.codecs
     if unknown := {name for heads in pairs.values() for pair in heads for name in pair} - CODECS.keys():
         raise MismatchError(
             f"the profile's codec {min(unknown)} cannot be run here; import the program that registers it first"

@@ -65,15 +65,7 @@ class MergedLayer(CacheLayerMixin):
 
     def check(self, call: AttentionCall) -> None:
         """Raise KVProfileError where attending to the layer would silently give wrong numbers."""
-        if not any(call.module is reader for reader in self.attachment.readers[self.index]):
-            raise KVProfileError(
-                "this cache was made for another model; use the cache() of the merger that is attached to this one"
-            )
-        if not self.turns.waiting:
-            raise KVProfileError(
-                f"layer {self.index} was attended to more often in a forward than when the model was attached; a merged cache "
-                "cannot follow that, use the stock cache"
-            )
+        self.turns.check(call.module, self.attachment.readers[self.index], self.index)
         call.check_gradients()
         if not self.setting.keeps_all and self.state is not None:
             call.check_supported()

@@ -17,6 +17,7 @@ from kvprofile.runtime.default import dismiss, serve
 from kvprofile.runtime.install import check_kind, install, restore
 from kvprofile.runtime.settings import Settings
 from kvprofile.runtime.watch import refuse_compiled
+from kvprofile.runtime.window_setting import check_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +81,13 @@ class KVMerger:
                 model.get_base_model()
             )  # the model inside an adapter of PEFT: its forward and `generate` are what runs
         check_fit(self.settings.model_name, self.settings.facts, model_facts(model.config))
-        self.attachment = Attachment(install(model))
+        readers = install(model)
+        try:
+            check_windows(self.settings.windows, readers)
+        except KVProfileError:
+            restore(model)
+            raise
+        self.attachment = Attachment(readers)
         self.model = model
         if default:
             serve(model, self._hand_out)
@@ -91,7 +98,7 @@ class KVMerger:
         if self.model is None:
             raise KVProfileError("the merger is not attached to a model; call merger.attach(model) first")
         refuse_compiled(self.model)
-        return MergedCache(self.model.config, self.settings.layers, self.attachment)
+        return MergedCache(self.model.config, self.settings.layers, self.attachment, self.settings.windows)
 
     @contextmanager
     def generating(self) -> Iterator["KVMerger"]:

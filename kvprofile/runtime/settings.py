@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from kvprofile.profile.profile import Profile
 from kvprofile.profile.schema import LayerPlan, PolicyFacts
 from kvprofile.runtime.backends.table import check_backend
 from kvprofile.runtime.key_means import key_means
+from kvprofile.runtime.window_setting import WindowSetting, window_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,11 +101,12 @@ class LayerSetting:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a merger applies: the model's facts, and a setting for every merged layer by its index."""
+    """What a merger applies: the model's facts, and a setting for every merged layer by its index, and every packed window."""
 
     model_name: str
     facts: dict[str, Any]
     layers: dict[int, LayerSetting]
+    windows: dict[int, WindowSetting] = field(default_factory=dict)
 
     @classmethod
     def from_profile(
@@ -136,7 +138,8 @@ class Settings:
             plan.layer: replace(_layer(plan, policies, exact), backend=backend, key_mean=means.get(plan.layer))
             for plan in profile.plan.layers
         }
-        return cls(profile.model.name, profile.model.model_dump(mode="json"), layers)
+        windows = window_settings(profile, means)
+        return cls(profile.model.name, profile.model.model_dump(mode="json"), layers, windows)
 
 
 def _policy(name: str, facts: PolicyFacts) -> Policy:

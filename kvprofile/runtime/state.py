@@ -61,17 +61,7 @@ class LayerState:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Let the forward before count and take in the tokens of a new one; returns the whole tail."""
-        if len(keys) != len(self.rows):
-            raise KVProfileError(
-                f"the cache holds {len(self.rows)} batch rows and was given {len(keys)}; use one merger.cache() for each "
-                "generation"
-            )
-        held = self.tail.keys
-        if (keys.dtype, keys.device) != (held.dtype, held.device):
-            raise KVProfileError(
-                f"the cache holds keys of {held.dtype} on {held.device} and was given {keys.dtype} on {keys.device}; after a "
-                "model was moved or cast start with a new merger.cache()"
-            )
+        self.tail.check(keys)
         self.settle()
         self.tail.append(keys, values, CHUNK)
         self.seen += keys.shape[2]

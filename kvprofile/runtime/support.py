@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -30,10 +31,9 @@ TOLERANCE = 0.05  # relative; half precision stays within 0.01, another kind of 
 class _Probe(CacheLayerMixin):
     """Stores nothing; remembers who attended to the keys and values that came by."""
 
-    is_sliding = False
-
-    def __init__(self) -> None:
+    def __init__(self, *, is_sliding: bool) -> None:
         super().__init__()
+        self.is_sliding = is_sliding
         self.stored: tuple[Tensor, Tensor] | None = None
         self.readers: list[torch.nn.Module] = []
         self.changed = False
@@ -65,10 +65,16 @@ class _Probe(CacheLayerMixin):
             self.error = max(self.error, float(error))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return LogicalLength(query_length), 0
+        # The masks of sliding layers are the stock ones: what else attends with them is none of our business.
+        return query_length if self.is_sliding else LogicalLength(query_length), 0
 
     def get_seq_length(self) -> int:
         return 0
+
+    @property
+    def followed(self) -> bool:
+        """True if our attention gives what the model's own does."""
+        return bool(self.readers) and not self.changed and self.error <= TOLERANCE
 
     def get_max_length(self) -> int:
         return -1
@@ -76,25 +82,29 @@ class _Probe(CacheLayerMixin):
 
 @torch.no_grad()
 def find_readers(model: PreTrainedModel) -> dict[int, list[torch.nn.Module]]:
-    """Find, for every full-attention layer of a model that uses our attention, the modules that attend to its keys.
+    """Find, for every layer of a model that uses our attention, the modules that attend to its keys.
 
-    Raises KVProfileError where a layer's attention is not a softmax over the keys and values it stores.
+    Those with a sliding window whose attention is not a softmax over the keys and values they store are left out: the stock
+    cache serves them. Raises KVProfileError where that is so of a layer with full attention.
     """
     types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     layers: list[Any] = []
     for kind, keywords in zip(types, arguments, strict=True):
         stock = DYNAMIC_LAYER_TYPE_MAPPING[kind](**keywords)
-        layers.append(_Probe() if type(stock) is DynamicLayer else stock)
+        plain = type(stock) in (DynamicLayer, DynamicSlidingWindowLayer)
+        layers.append(_Probe(is_sliding=stock.is_sliding) if plain else stock)
     tokens = torch.arange(1, TOKENS + 1, device=input_device(model))[None]
     probes = {index: layer for index, layer in enumerate(layers) if isinstance(layer, _Probe)}
     try:
         model(tokens, past_key_values=Cache(layers=layers), use_cache=True)
     except UnmarkedKeysError:
-        if any(probe.readers for probe in probes.values()):
+        if any(probe.readers for probe in probes.values() if not probe.is_sliding):
             raise
         # No layer reads what it stores: what that means is said below.
     name = type(model).__name__
     for index, probe in probes.items():
+        if probe.is_sliding:
+            continue
         if probe.stored is None:
             raise KVProfileError(
                 f"layer {index} of {name} stores no keys in the cache it is given, so there is nothing to merge; use the "
@@ -115,4 +125,4 @@ def find_readers(model: PreTrainedModel) -> dict[int, list[torch.nn.Module]]:
                 f"layer {index} of {name} computes attention in a way of its own (our result is off by {probe.error:.0%}), "
                 "which a merged cache does not support; use the stock cache"
             )
-    return {index: probe.readers for index, probe in probes.items()}
+    return {index: probe.readers for index, probe in probes.items() if not probe.is_sliding or probe.followed}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvprofile.errors import KVProfileError
+
 
 class Tail:
     """Keys and values of the newest tokens.
@@ -24,6 +26,19 @@ class Tail:
     def values(self) -> Tensor:
         """`(batch, kv_heads, tokens, value_dim)`."""
         return self.stored[1][:, :, : self.tokens]
+
+    def check(self, keys: Tensor) -> None:
+        """Raise KVProfileError for keys of another batch, dtype or device."""
+        held = self.stored[0]
+        if len(keys) != len(held):
+            raise KVProfileError(
+                f"the cache holds {len(held)} batch rows and was given {len(keys)}; use one merger.cache() for each generation"
+            )
+        if (keys.dtype, keys.device) != (held.dtype, held.device):
+            raise KVProfileError(
+                f"the cache holds keys of {held.dtype} on {held.device} and was given {keys.dtype} on {keys.device}; after a "
+                "model was moved or cast start with a new merger.cache()"
+            )
 
     def append(self, keys: Tensor, values: Tensor, slack: int) -> None:
         """Put tokens behind those that are there; where that needs more room there is `slack` more than it takes."""

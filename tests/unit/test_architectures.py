@@ -159,14 +159,16 @@ def row(name: str) -> str:
     others = sorted({_KINDS[kind] for kind in kinds if kind in _KINDS and kind != "shared_attention"})
     notes = []
     if others:
-        notes.append(f"{' and '.join(others)} keep their stock window")
+        packed = ", packed where bytes are planned" if "full_attention" in kinds else " as it is"
+        notes.append(f"{' and '.join(others)} keep their window{packed}")
     if any(len(modules) > 1 for modules in readers.values()):
         notes.append("layers that read another layer's keys read its merged slots; it is merged after its last reader")
     if any(hasattr(module, "sinks") for modules in readers.values() for module in modules):
         notes.append("attention sinks stay in the softmax")
     if getattr(model.config, "attn_logit_softcapping", None):
         notes.append("logits are capped before a slot's count is added")
-    merged = "every layer" if len(readers) == len(kinds) else "full-attention layers" if readers else "nothing"
+    full = kinds.count("full_attention")
+    merged = "every layer" if full == len(kinds) else "full-attention layers" if full else "nothing"
     return f"{label} {merged} | {'; '.join(notes)} |"
 
 

@@ -17,7 +17,7 @@ from kvprofile.report.budgets import merged_bytes
 from kvprofile.report.heads import median_cosine
 from kvprofile.report.html import make_subject, read_subject, report_html, write_report
 from kvprofile.report.numbers import number, size
-from kvprofile.report.plan_maps import head_bits
+from kvprofile.report.plan_maps import bits_of_pair
 from kvprofile.report.style import new_plot
 from tests.unit.browser import opened, started_browser  # noqa: F401  # the fixture `browser`
 from tests.unit.builders import build_profile
@@ -244,7 +244,7 @@ def test_the_slider_of_bytes_paints_slots_bits_and_policies(browser, in_bytes, t
         bits = page.evaluate(texts, "bits")
         for layer in plan.layers:
             for index, head in enumerate(layer.heads):
-                assert bits[f"{layer.layer}-{index}"] == head_bits(head)
+                assert bits[f"{layer.layer}-{index}"] == bits_of_pair(head.key_codec, head.value_codec)
         assert page.inner_text("#answer-damage") == number(plan.predicted_damage)
         assert page.inner_text("#answer-judgement").startswith("not worth it: more than 0.01 nats")
         page.click("#reset")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvprofile.calibration.measure.weighing import Weighing
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.tokens import Tokens
 from kvprofile.runtime.attention import AttentionCall
@@ -81,12 +82,8 @@ class Probed:
         heads, queries, dim = call.query.shape[1:]
         self.kv_heads = call.key.shape[1]
         group = heads // self.kv_heads
-        self.call, self.group, self.queries = call, group, queries
-        # `(kv_heads, draws, group * queries, value_dim)`: laid out like a change of the output, which they weigh many times.
-        gradients = reading.gradients.unflatten(2, (self.kv_heads, group))
-        self.gradients = gradients.permute(2, 0, 3, 1, 4).flatten(2, 3).contiguous()
-        member = torch.stack([reading.kind == kind for kind in kinds], dim=1).float()
-        self.of_kind = member / member.sum(0)
+        self.call = call
+        self.weighing = Weighing(reading.gradients, reading.kind, kinds, self.kv_heads)
         self.query = call.query[0].reshape(self.kv_heads, group * queries, dim).float()
         own, logits = self.logits(call.key[0].float()), self.logits(self.context.keys[0].float())
         order = torch.arange(call.key.shape[2], device=own.device)
@@ -129,8 +126,7 @@ class Probed:
 
     def change(self, change: Tensor) -> Tensor:
         """Damage `(kv_heads, kinds)` of a change of the output, `(kv_heads, group * queries, value_dim)`."""
-        slope = (self.gradients * change[:, None]).sum(-1).unflatten(2, (self.group, self.queries)).sum(2)
-        return (slope.square().mean(1) / 2) @ self.of_kind
+        return self.weighing.damage(change)
 
     def split(self, policy: Policy) -> tuple[Tokens, int, int]:
         """The tokens the policy may merge, how many recent ones it keeps apart, how many heavy ones it protects."""

@@ -16,6 +16,7 @@ from kvprofile.calibration.measure.key_mean import KeyMean
 from kvprofile.calibration.measure.maps import SimilarityMap
 from kvprofile.calibration.measure.ratios import CompressionRatios
 from kvprofile.calibration.measure.window import WindowAttention, window_attention
+from kvprofile.calibration.measure.window_damage import WindowDamage
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.scores import estimated_mass
@@ -28,8 +29,8 @@ class Measurements:
     """Key similarity in every form, the compression ratios under a policy's protected tokens, and what budget rules go by.
 
     With `rules` empty only the similarity measures are taken, which cost next to nothing. `damage` holds the damage curves
-    of the full-attention layers, where they are measured, `codecs` what storing their slots in fewer bits costs, and
-    `key_mean` by what their keys are centred then.
+    of the full-attention layers, where they are measured, `codecs` what storing their slots in fewer bits costs,
+    `windows` what that costs the tokens of sliding layers, and `key_mean` by what keys are centred then.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Measurements:
         damage: DamageCurves | None = None,
         codecs: CodecDamage | None = None,
         key_mean: KeyMean | None = None,
+        windows: WindowDamage | None = None,
     ) -> None:
         self.policy = policy
-        self.damage, self.codecs, self.key_mean = damage, codecs, key_mean
+        self.damage, self.codecs, self.key_mean, self.windows = damage, codecs, key_mean, windows
         self.adjacent = AdjacentSimilarity(layers, kv_heads)
         self.distance = SimilarityByDistance(layers, kv_heads, tokens)
         self.map = SimilarityMap(layers, kv_heads)
@@ -122,5 +124,5 @@ class Measurements:
 
     def _asked(self) -> dict[str, Any]:
         """What is measured only where it is asked for, by name."""
-        parts = {"damage": self.damage, "codecs": self.codecs, "key_mean": self.key_mean}
+        parts = {"damage": self.damage, "codecs": self.codecs, "key_mean": self.key_mean, "windows": self.windows}
         return {name: part for name, part in parts.items() if part is not None}
