@@ -65,16 +65,16 @@ class ByDamage:
 
     def size(self, found: Decision) -> float:
         """The fraction of a 16-bit cache's bytes that the planned layers take, to the block."""
-        total, policies = 0.0, self.evidence.policies
-        pairs = iter(found.pairs)
+        stock = (found.share.size + self.windows.heads * self.windows.unit) * self.evidence.tokens * self._sizes.stock
+        return self.nbytes(found, self._sizes) / stock
+
+    def nbytes(self, found: Decision, sizes: Sizes) -> float:
+        """Bytes of one text's cache of such sizes in the planned layers."""
+        total, policies, pairs = 0.0, self.evidence.policies, iter(found.pairs)
         for share, names in zip(found.share, found.policy, strict=True):
-            recent = max(recent_tokens(policies[str(name)].protection, self.evidence.tokens) for name in names)
-            heads = [(float(own), next(pairs)) for own in share]
-            if all(own >= 1 and pair == NOTHING for own, pair in heads):
-                total += len(heads)  # the stock cache
-            else:
-                total += sum(self._sizes.head(own, pair, recent) for own, pair in heads)
-        return (total + self.windows.size(found.windows)) / (found.share.size + self.windows.heads * self.windows.unit)
+            recent = max(recent_tokens(policies[str(name)].protection, sizes.tokens) for name in names)
+            total += sizes.layer_bytes([(float(own), next(pairs)) for own in share], recent)
+        return total + self.windows.nbytes(found.windows, sizes)
 
     @cached_property
     def windows(self) -> Windows:

@@ -1,27 +1,40 @@
-"""Which budget fits a memory target: weights, what a forward needs, and the cache, by arithmetic alone.
+"""What fits a memory target: weights, what a forward needs, and the cache, by arithmetic alone.
 
-The cache is counted as the runtime stores it (`runtime/blocks.py`): slots in blocks, a dense tail of the newest tokens,
-whatever layers keep their stock cache. `benchmarks/fit.py` sets it beside `nbytes()`.
+The cache is counted as the runtime stores it (`sizes.py`), once a token has been decoded. `benchmarks/fit.py` sets it beside
+`nbytes()`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvprofile.runtime.block_size import block_size
+from kvprofile.planning.sizes import NOTHING, Pair, Sizes, sizes_of
+from kvprofile.profile.schema import WINDOWED
+from kvprofile.runtime.block_size import RECENT
 from kvprofile.runtime.settings import CHUNK
+from kvprofile.runtime.window import SLACK
 
-RECENT = 32  # newest tokens that are never merged
-TAIL = RECENT + 1 + CHUNK  # columns of the dense tail as soon as a token is decoded
-BIAS, OWNER, MASS = 4, 8, 4  # bytes beside keys and values: of a slot, of a block, of a token of the tail
-WINDOWED = ("sliding_attention", "chunked_attention")
+SPARE = (1 + CHUNK, 1 + SLACK)  # columns of the tails as soon as a token is decoded
 MOST = 2**24  # tokens or rows that are looked for at most
+STEPS = 1000  # of an amount
+BUDGETS = (1.0, 0.75, 0.5, 0.25)
+BYTES = (0.5, 0.35, 0.25, 0.15)
 
-Shares = NDArray[np.float64]  # of the slots, `(layers, kv_heads)` of the full-attention layers
+Layer = Sequence[tuple[float, Pair]]
+"""Share of the slots, and codecs, of every KV head of a full-attention layer."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a plan keeps.
+
+    layers: of every full-attention layer its heads, and how many of its newest tokens stay as they are. windows: of every
+    sliding layer its heads' codecs; none: all stay as they are.
+    """
+
+    layers: Sequence[tuple[Layer, int]]
+    windows: Sequence[Sequence[Pair]] = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Footprint:
 
     weights: bytes of all; item: bytes of a number in the cache and in activations; working: bytes that a forward needs for each
     token it reads at once; output: bytes for each row's next-token logits. kinds: every layer's attention; window: tokens that
-    windowed layers keep; longest: tokens the model was made for, where known.
+    windowed layers see; longest: tokens the model was made for, where known.
     """
 
     weights: int
@@ -48,39 +61,36 @@ class Footprint:
         """How many layers are merged."""
         return self.kinds.count("full_attention")
 
+    @property
+    def windowed(self) -> int:
+        """How many layers have a window of their own; those that share keys or keep a state have none."""
+        return sum(kind in WINDOWED for kind in self.kinds)
+
     def activations(self, tokens: int, batch: int) -> int:
         """Bytes alive beside weights and cache while `tokens` of every row are read at once."""
         return batch * (tokens * self.working + self.output)
 
     def stock_bytes(self, tokens: int, batch: int) -> int:
         """Bytes of the stock cache."""
-        return batch * self._token * (self.merged * tokens + self._others(tokens))
+        held = self.merged * tokens + self.windowed * min(tokens, self.window or tokens)
+        return batch * self.kv_heads * self.sizes(tokens).stock * held
 
-    def merged_bytes(self, tokens: int, batch: int, shares: Shares) -> int:
+    def kept_bytes(self, tokens: int, batch: int, kept: Kept) -> int:
         """Bytes of a merged cache that has read `tokens` and begun to decode."""
         if tokens < RECENT + CHUNK:  # nothing is merged yet
             return self.stock_bytes(tokens, batch)
-        layers = [self._layer(tokens, layer) for layer in shares]
-        return batch * (sum(layers) + self._token * self._others(tokens))
+        sizes, plain = self.sizes(tokens), [[NOTHING] * self.kv_heads] * self.windowed
+        merged = sum(sizes.layer_bytes(heads, min(recent, tokens - 1)) for heads, recent in kept.layers)
+        window = self.window or tokens + 1
+        return math.ceil(batch * (merged + sum(sizes.window_bytes(window, pairs) for pairs in kept.windows or plain)))
 
-    def _layer(self, tokens: int, shares: NDArray[np.float64]) -> int:
-        if (shares >= 1).all():
-            return self._token * (tokens + 1 + CHUNK)
-        size = block_size(tokens)
-        stored = np.clip(np.round(shares * tokens) - RECENT, 1, tokens - RECENT)
-        blocks = int(np.ceil(stored / size).sum())
-        slot = 2 * self.dim * self.item + BIAS
-        return blocks * (size * slot + OWNER) + TAIL * self._token + RECENT * self.kv_heads * MASS
+    def even(self, share: float) -> Kept:
+        """The same share for every head, and no codecs."""
+        return Kept([([(share, NOTHING)] * self.kv_heads, RECENT)] * self.merged)
 
-    @property
-    def _token(self) -> int:
-        """Bytes of a token's keys and values in one layer."""
-        return 2 * self.kv_heads * self.dim * self.item
-
-    def _others(self, tokens: int) -> int:
-        """Tokens that all layers with a window keep, summed; layers that share keys or keep a state have none of their own."""
-        windowed = sum(kind in WINDOWED for kind in self.kinds)
-        return windowed * min(tokens, self.window or tokens)
+    def sizes(self, tokens: int) -> Sizes:
+        """What a head holds after so many tokens, once one more is decoded."""
+        return sizes_of(tokens, self.dim, item=self.item, spare=SPARE)
 
 
 @dataclass(frozen=True)
@@ -101,76 +111,111 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Room:
-    """The longest context at the batch asked for, and the largest batch at the context, with so large a budget; 0: none."""
+class Spending:
+    """How amounts are spent. kept: what a plan of an amount keeps; lowest: the least there is; unit: slots or bytes.
 
-    budget: float
+    cost: predicted KL of an amount, in nats per token; None where nothing predicts it. amounts: those that are told.
+    """
+
+    kept: Callable[[float], Kept]
+    lowest: float
+    unit: str = "slots"
+    cost: Callable[[float], float | None] = lambda _amount: None
+    amounts: tuple[float, ...] = BUDGETS
+
+
+@dataclass(frozen=True)
+class Room:
+    """The longest context at the batch asked for, and the largest batch at the context, with such a plan; 0: none.
+
+    amount: of the unit. predicted_kl: nats per token, where it is known.
+    """
+
+    unit: str
+    amount: float
     context: int
     batch: int
+    predicted_kl: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The largest amount of a unit that fits, None where none does; `cache`: its bytes, or those of the smallest there is."""
+
+    unit: str
+    amount: float | None
+    cache: int
+    predicted_kl: float | None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits. `budget` is the largest share of the slots that does, None where none does, and `cache` its bytes.
-
-    `needed`: bytes of the smallest cache looked at, where none fits.
-    """
+    """What takes memory, what is left for the cache, how large it is in full, what fits, and what else would."""
 
     weights: int
     activations: int
     reserve: int
     full: int
     left: int
-    budget: float | None
-    cache: int
-    needed: int
+    found: tuple[Found, ...]
     rooms: tuple[Room, ...]
 
 
-def fit(
-    footprint: Footprint,
-    target: Target,
-    *,
-    shares_at: Callable[[float], Shares] | None = None,
-    lowest: float | None = None,
-    budgets: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
-) -> Fit:
-    """Solve for the budget that fits, and for what else would.
+def even_spending(footprint: Footprint, context: int) -> Spending:
+    """Without a plan every head gets the same."""
+    return Spending(footprint.even, min(1.0, (RECENT + 4) / context))
 
-    `shares_at` says how a plan spends a budget, `lowest` the least it can; without a plan every head gets the same.
-    """
-    spent = shares_at or (lambda budget: np.full((footprint.merged, footprint.kv_heads), budget))
-    lowest = lowest or min(1.0, (RECENT + 4) / target.context)
-    left, full = target.left(footprint), footprint.stock_bytes(target.context, target.batch)
 
-    def size(budget: float, context: int, batch: int) -> int:
-        if budget >= 1:
-            return footprint.stock_bytes(context, batch)
-        return footprint.merged_bytes(context, batch, spent(budget))
-
-    steps = 1000
-    least = math.ceil(lowest * steps - 1e-9)
-    found = _largest(lambda step: size(step / steps, target.context, target.batch) <= left, least, steps)
-    budget = None if found is None else found / steps
-
-    def room(budget: float) -> Room:
-        fits = {
-            "context": lambda tokens: size(budget, tokens, target.batch) <= target.left(footprint, context=tokens),
-            "batch": lambda rows: size(budget, target.context, rows) <= target.left(footprint, batch=rows),
-        }
-        return Room(budget, **{name: _largest(test, 1, MOST) or 0 for name, test in fits.items()})
-
+def fit(footprint: Footprint, target: Target, spendings: Sequence[Spending]) -> Fit:
+    """Solve for the largest amount that fits, of every unit, and for what else would."""
     return Fit(
         weights=footprint.weights,
         activations=footprint.activations(min(target.context, target.piece), target.batch),
         reserve=target.reserve,
-        full=full,
-        left=left,
-        budget=budget,
-        cache=0 if budget is None else size(budget, target.context, target.batch),
-        needed=size(least / steps, target.context, target.batch),
-        rooms=tuple(room(one) for one in budgets if one >= lowest),
+        full=footprint.stock_bytes(target.context, target.batch),
+        left=target.left(footprint),
+        found=tuple(largest_amount(footprint, target, spending) for spending in spendings),
+        rooms=tuple(
+            _room(footprint, target, spending, amount)
+            for spending in spendings
+            for amount in spending.amounts
+            if amount >= spending.lowest
+        ),
     )
+
+
+def largest_amount(footprint: Footprint, target: Target, spending: Spending) -> Found:
+    """The largest amount that fits, in thousandths."""
+    context, batch, left = target.context, target.batch, target.left(footprint)
+
+    def size(step: int) -> int:
+        if step >= STEPS:
+            return footprint.stock_bytes(context, batch)
+        return footprint.kept_bytes(context, batch, spending.kept(step / STEPS))
+
+    least = math.ceil(spending.lowest * STEPS - 1e-9)
+    found = _largest(lambda step: size(step) <= left, least, STEPS)
+    if found is None:
+        return Found(spending.unit, None, size(least), None)
+    return Found(spending.unit, found / STEPS, size(found), spending.cost(found / STEPS))
+
+
+def _room(footprint: Footprint, target: Target, spending: Spending, amount: float) -> Room:
+    kept = None if amount >= 1 else spending.kept(amount)
+
+    def size(context: int, batch: int) -> int:
+        if kept is None:
+            return footprint.stock_bytes(context, batch)
+        return footprint.kept_bytes(context, batch, kept)
+
+    def long(tokens: int) -> bool:
+        return size(tokens, target.batch) <= target.left(footprint, context=tokens)
+
+    def many(rows: int) -> bool:
+        return size(target.context, rows) <= target.left(footprint, batch=rows)
+
+    context, batch = (_largest(fits, 1, MOST) or 0 for fits in (long, many))
+    return Room(spending.unit, amount, context, batch, spending.cost(amount))
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
@@ -203,14 +248,14 @@ def footprint_of(config: Any, dtype: Any, *, weights: int | None = None) -> Foot
     from kvprofile.models.context_length import longest_text
     from kvprofile.profile.fingerprint import model_facts
 
-    sizes, text = sizes_of(meta_model(config), config, dtype.itemsize), config.get_text_config(decoder=True)
+    sizes, facts = sizes_of(meta_model(config), config, dtype.itemsize), model_facts(config)
     return Footprint(
         weights=sizes.parameters * sizes.item if weights is None else weights,
         item=sizes.item,
         working=prefill_bytes(sizes, 1),
         output=4 * sizes.vocabulary,
-        kinds=tuple(model_facts(config)["attention"]),
-        window=getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None),
+        kinds=tuple(facts["attention"]),
+        window=facts["window"],
         kv_heads=sizes.kv_heads,
         dim=sizes.dim,
         longest=longest_text(config),

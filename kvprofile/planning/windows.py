@@ -15,7 +15,7 @@ from kvprofile.names import NO_CODEC
 from kvprofile.planning.choices import CLOSE, Choice, Curve, Envelope
 from kvprofile.planning.evidence import Evidence
 from kvprofile.planning.objectives import window_curves
-from kvprofile.planning.sizes import NOTHING, Pair, Sizes
+from kvprofile.planning.sizes import Pair, Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,9 @@ class Windows:
 
     def cost(self, pair: Pair) -> float:
         """What a head takes by a pair of codecs."""
-        return self.unit if pair == NOTHING else self.sizes.window(self.held, pair)
+        return self.sizes.window_bytes(self.evidence.model.window or 1, [pair]) / (
+            self.sizes.stock * self.evidence.tokens
+        )
 
     def damage(self, pair: Pair) -> NDArray[np.float64]:
         """What a pair of codecs does to every head `(heads,)`."""
@@ -72,9 +74,11 @@ class Windows:
         known = {pair: self.damage(pair) for pair in set(pairs)}
         return np.array([known[pair][head] for head, pair in enumerate(pairs)])
 
-    def size(self, pairs: Sequence[Pair]) -> float:
-        """What the heads take together, stored by these pairs; nothing said: as they are."""
-        return sum(map(self.cost, pairs)) if pairs else self.heads * self.unit
+    def nbytes(self, pairs: Sequence[Pair], sizes: Sizes) -> float:
+        """Bytes of one text's cache of such sizes in these layers, their heads stored by these pairs, one after the other."""
+        count, window = self.evidence.model.kv_heads, self.evidence.model.window or 1
+        every = [pairs[low : low + count] for low in range(0, len(pairs), count)]
+        return sum(sizes.window_bytes(window, own) for own in every)
 
     def beside(self, merged: Envelope, groups: int) -> Envelope:
         """What every cost buys heads of merged layers, and below them, as rows, the heads of these in `groups` groups."""

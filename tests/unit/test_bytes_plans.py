@@ -71,7 +71,7 @@ def bytes_of(plan, tokens=TOKENS, dim=64, block=16, recent=32):
         for head in layer.heads:
             blocks = -(-(round(head.share * tokens) - recent) // block)
             codes = CODECS[head.key_codec].nbytes(dim) + CODECS[head.value_codec].nbytes(dim)
-            bias = 4 if head.key_codec == head.value_codec == "none" else 2
+            bias = 4 if head.key_codec == head.value_codec == "none" else 2 * (head.share < 1)
             mean = 0 if head.key_codec == "none" else 4 * dim
             total += blocks * (block * (codes + bias) + 12) + recent * (dim * 4 + 4) + mean + 16
     return total / (len(plan.layers) * len(plan.layers[0].heads) * tokens * dim * 4)
