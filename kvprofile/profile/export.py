@@ -4,6 +4,7 @@ import json
 
 from kvprofile.errors import UsageError
 from kvprofile.planning.objectives import codec_curves
+from kvprofile.profile.export_kvtuner import kvtuner
 from kvprofile.profile.profile import Profile
 
 _ROUNDING = 1e-6
@@ -69,4 +70,4 @@ def vllm(profile: Profile) -> str:
     return json.dumps(arguments, indent=1) + "\n"
 
 
-FORMATS = {"kvpress": kvpress, "vllm": vllm}
+FORMATS = {"kvpress": kvpress, "vllm": vllm, "kvtuner": kvtuner}
