@@ -72,12 +72,16 @@ class Choice:
     def damage(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Damage `(heads, m)` at every one of `costs` `(m,)`; inf where protected tokens do not fit."""
         shares, falling = self.share(costs), self.curve.falling()
-        last, curve = falling.shares[-1], falling.at(shares)
+        last, curve = falling.shares[-1], np.full((len(falling.damage), len(costs)), np.inf)
+        # Rising: what is too little first, then shares one by one, then those that the last measured one or all cost.
+        low, high = (int(np.searchsorted(shares, at)) for at in (self.floor - 1e-9, last))
+        curve[:, low:high] = falling.at(shares[low:high])
+        curve[:, max(low, high) :] = falling.damage[:, -1:]
         beyond = shares[shares > last]
         curve[..., shares > last] = falling.damage[..., -1:] * (1 - beyond) / (1 - last) + self.whole * (
             beyond - last
         ) / (1 - last)
-        curve[..., shares < self.floor - 1e-9] = np.inf
+        curve[:, :low] = np.inf
         return curve
 
     def in_groups(self, groups: int) -> Self:
@@ -116,5 +120,6 @@ def lower_envelope(choices: Sequence[Choice], steps: int, cap: float | None = No
     for index, choice in enumerate(choices):
         damage = choice.damage(costs)
         better = damage < least
-        least[better], best[better] = damage[better], index
+        np.copyto(least, damage, where=better)
+        np.copyto(best, index, where=better)
     return Envelope(costs, least, best, choices)

@@ -209,7 +209,8 @@ def test_one_device_and_two_give_the_processor_s_numbers(gpu, name):
         there = place(copy.deepcopy(model))
         merger = merger_of(there, share=0.5).attach(there)
         found = torch.cat(list(forwards(there, merger, text.to("cuda"), mask.to("cuda"))), 1)
-        assert torch.equal(found.cpu(), expected)
+        # On a processor the full layers may be served by another back end.
+        assert relative_error(found.cpu(), expected) < 1e-5
 
 
 def test_the_host_waits_no_more_often_for_packed_windows(gpu):
