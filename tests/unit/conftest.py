@@ -1,6 +1,7 @@
 """A tiny model in a folder, and a profile calibrated on it through the command line."""
 
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvprofile.cli import main
+from kvprofile.runtime.backends.table import BACKENDS
 from tests.pretend_cuda import PretendCuda
 from tests.unit.tiny_models import tiny_model
 
@@ -60,3 +62,9 @@ def gpu():
     """Two pretended CUDA devices, and what happened on them."""
     with PretendCuda() as pretended:
         yield pretended
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """Compiled code does not serve the processor, so that its numbers are to the bit those of pretended devices."""
+    monkeypatch.setitem(BACKENDS, "compiled", replace(BACKENDS["compiled"], unable=lambda _facts: "not in this test"))

@@ -38,6 +38,7 @@ def merger_of(model, heads=None, backend=None) -> KVMerger:
     return KVMerger.from_profile(profile_values(model, heads), backend=backend, arrays={"key_mean": means})
 
 
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-OSS"])
 def test_one_device_and_two_give_the_processor_s_numbers(gpu, name):
     model = build(name)

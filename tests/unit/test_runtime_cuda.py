@@ -83,6 +83,7 @@ def test_so_it_does_in_a_prompt_of_2048_tokens_with_three_heads_a_layer(gpu):
 
 
 # Layers that read other layers' keys have to lie on one device with them.
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_device_and_two_give_the_processor_s_numbers(gpu, name):
     model = build(name)
