@@ -42,7 +42,7 @@ def _count(state: "LayerState", call: AttentionCall, tail_mass: Tensor | None, w
     if tail_mass is None or not all(row.merged for row in state.rows):
         tail_mass = _estimated(state, call, tail_mass, windows)
     if state.mass is not None:
-        tail_mass[..., : state.mass.shape[-1]] += state.mass
+        tail_mass.narrow(-1, 0, state.mass.shape[-1]).add_(state.mass)
     state.mass = tail_mass
 
 

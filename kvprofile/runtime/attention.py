@@ -56,6 +56,10 @@ class AttentionCall:
     mask: Any
     options: dict[str, Any]
 
+    def remembered(self) -> "AttentionCall":
+        """What was asked, without what belongs to the model."""
+        return AttentionCall(None, self.query, self.key, self.value, None, self.options)
+
     @cached_property
     def softmax(self) -> Softmax:
         """What the model does to products of queries and keys, in transformers' keywords."""

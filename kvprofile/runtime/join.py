@@ -25,7 +25,6 @@ LOGITS_ON_GPU = 1 << 24  # elsewhere
 LEAST = 16  # rows of a product, whatever the logits
 
 
-@torch.no_grad()
 def ragged_attention(
     call: "AttentionCall", shelves: Sequence[Shelf], *, unused: list[int] | None = None, mass: bool = True
 ) -> tuple[Tensor, Tensor | None]:
@@ -46,6 +45,7 @@ def ragged_attention(
     return _of_pieces(call, asked, shelves, _padding(call, unused), mass)
 
 
+@torch.no_grad()
 def _of_pieces(
     call: "AttentionCall", asked: Asked, shelves: Sequence[Shelf], padding: Tensor | None, mass: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -72,7 +72,7 @@ class LayerSetting:
         """Who is protected: what the policies say, and for heads without one the usual."""
         following = {head for _, heads in self.policies for head in heads}
         own = [policy.protection for policy, _ in self.policies]
-        return own if len(following) == len(self.share) else [*own, Protection()]
+        return list(dict.fromkeys(own if len(following) == len(self.share) else [*own, Protection()]))
 
     @cached_property
     def chunk(self) -> int:

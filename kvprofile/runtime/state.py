@@ -43,12 +43,12 @@ class LayerState:
     @property
     def device(self) -> torch.device:
         """Where everything lies."""
-        return self.tail.keys.device
+        return self.tail.stored[0].device
 
     @property
     def kv_heads(self) -> int:
         """KV heads of the layer."""
-        return self.tail.keys.shape[1]
+        return self.tail.stored[0].shape[1]
 
     @property
     def needs_mass(self) -> bool:
@@ -98,7 +98,7 @@ class LayerState:
 
     def attended(self, call: AttentionCall, tail_mass: Tensor | None) -> None:
         """Remember what a reader asked, until it is known which of the forward's tokens stay."""
-        self.calls.append((replace(call, module=None, mask=None), tail_mass))
+        self.calls.append((call.remembered(), tail_mass))
 
     def settle(self) -> None:
         """Let the newest forward count: its tokens stay, and what has aged is merged."""

@@ -20,12 +20,12 @@ class Tail:
     @property
     def keys(self) -> Tensor:
         """`(batch, kv_heads, tokens, head_dim)`."""
-        return self.stored[0][:, :, : self.tokens]
+        return self.stored[0].narrow(2, 0, self.tokens)
 
     @property
     def values(self) -> Tensor:
         """`(batch, kv_heads, tokens, value_dim)`."""
-        return self.stored[1][:, :, : self.tokens]
+        return self.stored[1].narrow(2, 0, self.tokens)
 
     def check(self, keys: Tensor) -> None:
         """Raise KVProfileError for keys of another batch, dtype or device."""
@@ -50,7 +50,7 @@ class Tail:
             room = self.tokens + (slack if first else 0)
             self.stored = _resized(self.stored[0], first, room), _resized(self.stored[1], first, room)
         for held, new in zip(self.stored, (keys, values), strict=True):
-            held[:, :, first : self.tokens] = new
+            held.narrow(2, first, self.tokens - first).copy_(new)
 
     def forget_oldest(self, count: int) -> None:
         """Let the oldest tokens go."""

@@ -30,7 +30,7 @@ class Turns:
 
     def check(self, module: torch.nn.Module | None, readers: Sequence[torch.nn.Module], layer: int) -> None:
         """Raise KVProfileError unless it is the turn of `module`, one of the `readers` of the layer."""
-        if not any(module is reader for reader in readers):
+        if module not in readers:
             raise KVProfileError(
                 "this cache was made for another model; use the cache() of the merger that is attached to this one"
             )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kvprofile.runtime.backends.compiled.formats import format_of
+from kvprofile.runtime.backends.compiled.plan import Plan
+from kvprofile.runtime.backends.compiled.threads import room_for, threads
 from kvprofile.runtime.backends.contract import Asked, Facts, Pieces, Recent
 
 if TYPE_CHECKING:
-    from kvprofile.runtime.backends.compiled.plan import Plan
     from kvprofile.runtime.shelf import Shelf
 
 INSTEAD = "pip install 'kvprofile[fast]' decodes faster on CPUs"
@@ -49,19 +50,13 @@ def _address() -> int:
 
 
 def attend_slots(asked: Asked, shelf: "Shelf") -> Pieces:
-    """See `contract.Backend`: for layers of which another back end serves a part."""
+    """See `contract.Backend`; for layers of which another back end serves a part."""
     plan = _plan([shelf], asked, with_tail=False)
-    room = torch.empty(plan.piece_floats + plan.scratch_floats)
-    plan.set(
-        asked,
-        pieces=room.data_ptr(),
-        scratch=room.data_ptr() + 4 * plan.piece_floats,
-    )
-    plan.run(_address())
+    room, address = room_for(plan.piece_floats + plan.scratch_floats)
+    plan.run(_address(), asked, {"pieces": address, "scratch": address + 4 * plan.piece_floats})
     count = asked.query.shape[1]
-    tops, totals, sums = (
-        room[: plan.piece_floats].view(plan.items, -1).split([count, count, count * plan.value_dim], -1)
-    )
+    pieces = torch.from_numpy(room[: plan.piece_floats]).view(plan.items, -1)
+    tops, totals, sums = pieces.split([count, count, count * plan.value_dim], -1)
     output = sums.unflatten(-1, (count, -1)) / totals.unsqueeze(-1)
     return Pieces(shelf.output(output), (tops + totals.log()).unsqueeze(-1), plan.owner)
 
@@ -72,31 +67,30 @@ def attend_layer(asked: Asked, shelves: "Sequence[Shelf]", recent: Recent, mass:
     keys, values, sinks = _dense(recent.keys), _dense(recent.values), asked.softmax.sinks
     batch, kv_heads, tail, _ = keys.shape
     rows, count = asked.query.shape[:2]
-    output = torch.empty(batch, asked.queries, rows * count // batch // asked.queries, plan.value_dim)
+    output = torch.empty(batch, asked.queries, rows * count // (batch * asked.queries), plan.value_dim)
     received = torch.empty(batch, kv_heads, tail) if mass else None
-    room = torch.empty(plan.piece_floats + plan.scratch_floats + rows * count * tail)
-    unused = None if recent.unused is None else torch.tensor(recent.unused)
+    _, room = room_for(plan.piece_floats + plan.scratch_floats + rows * count * tail)
+    numbers = {
+        "kv_heads": kv_heads,
+        "tail": tail,
+        "output": output.data_ptr(),
+        "keys": keys.data_ptr(),
+        "values": values.data_ptr(),
+        "pieces": room,
+        "scratch": room + 4 * plan.piece_floats,
+        "weights": room + 4 * (plan.piece_floats + plan.scratch_floats),
+    }
+    numbers["key_row"], numbers["key_head"], numbers["key_token"], _ = keys.stride()
+    numbers["value_row"], numbers["value_head"], numbers["value_token"], _ = values.stride()
+    if received is not None:
+        numbers["mass"] = received.data_ptr()
+    if recent.unused is not None:
+        unused = torch.tensor(recent.unused)
+        numbers["unused"] = unused.data_ptr()
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    pieces = room.data_ptr()
-    plan.set(
-        asked,
-        tail=tail,
-        kv_heads=kv_heads,
-        output=output.data_ptr(),
-        mass=0 if received is None else received.data_ptr(),
-        unused=0 if unused is None else unused.data_ptr(),
-        sinks=0 if sinks is None else sinks.data_ptr(),
-        pieces=pieces,
-        scratch=pieces + 4 * plan.piece_floats,
-        weights=pieces + 4 * (plan.piece_floats + plan.scratch_floats),
-        key_row=keys.stride(0),
-        key_head=keys.stride(1),
-        value_row=values.stride(0),
-        value_head=values.stride(1),
-    )
-    plan.set_tail(keys, values)
-    plan.run(_address())
+        numbers["sinks"] = sinks.data_ptr()
+    plan.run(_address(), asked, numbers)
     return output.to(recent.values.dtype), received
 
 
@@ -105,12 +99,9 @@ def _dense(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
 
 
-def _plan(shelves: "Sequence[Shelf]", asked: Asked, with_tail: bool) -> "Plan":
-    from kvprofile.runtime.backends.compiled.plan import Plan, mark_of
-    from kvprofile.runtime.backends.compiled.threads import threads
-
-    mark = mark_of(shelves, asked.query.shape[1], threads(), with_tail)
-    plan = shelves[0].plan
-    if plan is None or plan.mark != mark:
-        shelves[0].plan = plan = Plan(shelves, mark)
+def _plan(shelves: "Sequence[Shelf]", asked: Asked, with_tail: bool) -> Plan:
+    """The layer's plan, made anew where it does not hold."""
+    plan, wanted = shelves[0].plan, (asked.query.shape[1], threads(), with_tail)
+    if plan is None or not plan.holds(shelves, *wanted):
+        shelves[0].plan = plan = Plan(shelves, *wanted)
     return plan

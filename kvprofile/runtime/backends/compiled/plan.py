@@ -1,15 +1,15 @@
 """What a layer's calls have in common between two merges: the records of its shelves, and who does what."""
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kvprofile.codecs.rotation import rotation_matrix
 from kvprofile.runtime.backends.compiled.formats import KINDS, format_of
-from kvprofile.runtime.backends.compiled.records import ITEM, LAYER, SHELF
+from kvprofile.runtime.backends.compiled.records import CALL, ITEM, LAYER, SHELF
 from kvprofile.runtime.backends.compiled.threads import in_parallel
 
 if TYPE_CHECKING:
@@ -19,19 +19,15 @@ if TYPE_CHECKING:
 
 ITEMS_PER_THREAD = 6  # so that no thread waits long for another, and a row's pieces stay few
 TILE = 64  # tokens of the tail at a time
-
-
-def mark_of(shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> tuple[Any, ...]:
-    """Equal as long as a plan holds: who asks, where all slots lie, and how many every head has."""
-    places = [part.data_ptr() for shelf in shelves for part in shelf.blocks.tensors()]
-    return asked, threads, with_tail, places, [list(shelf.blocks.lengths) for shelf in shelves]
+_CALL = struct.Struct(f"{len(CALL)}q2f")
 
 
 class Plan:
     """The records of one layer; addresses in them are those of arrays and tensors that the plan holds, or the shelves."""
 
-    def __init__(self, shelves: "Sequence[Shelf]", mark: tuple[Any, ...]) -> None:
-        asked, self.threads, with_tail, *_ = self.mark = mark
+    def __init__(self, shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> None:
+        self.made_for = asked, threads, with_tail
+        self.threads, self.lengths = threads, [shelf.blocks.lengths for shelf in shelves]
         self.held: list[Any] = []
         facts, rows = shelves[0].facts, len(shelves[0].blocks.lengths)
         self.value_dim = facts.value_dim
@@ -47,47 +43,42 @@ class Plan:
         scratch = -(-(asked * (room + tile + 1) + tile + room + tile * room) // 16) * 16
         self.piece_floats = len(items) * asked * (facts.value_dim + 2)
         self.scratch_floats = scratch * self.threads
-        self.layer = np.zeros((), dtype=LAYER)
+        self.memory: Any = np.zeros(LAYER.itemsize, dtype=np.uint8)
+        self.address = self._kept(self.memory)
+        layer = self.memory.view(LAYER)[0]
         known = {
             "items": len(items),
             "rows": rows,
             "asked": asked,
             "dim": facts.head_dim,
             "value_dim": facts.value_dim,
+            "alone": not with_tail,
+            "tail_kind": KINDS[facts.dtype],
             "item_table": self._kept(items),
             "shelf_table": self._kept(table),
             "first": self._kept(self.first),
             "missing": self._kept(self.missing),
-            "alone": not with_tail,
             "scratch_size": 4 * scratch,
             "room": room,
             "tile": tile,
-            "query_kind": KINDS[facts.dtype],
         }
         for name, number in known.items():
-            self.layer[name] = number
-        for name in ("recent_keys", "recent_values"):
-            self.layer[name]["kind"] = KINDS[facts.dtype]
-
-    def set(self, asked: "Asked", **numbers: int) -> None:
-        """Tell the kernel what is asked, and where it is to work."""
-        query, softmax, layer = asked.query.contiguous(), asked.softmax, self.layer
-        self.query = query  # as long as the kernel reads it
-        layer["query"], layer["query_kind"], layer["queries"] = query.data_ptr(), KINDS[query.dtype], asked.queries
-        layer["scaling"], layer["softcap"] = softmax.scaling, softmax.softcap or 0
-        for name, number in numbers.items():
             layer[name] = number
 
-    def set_tail(self, keys: Tensor, values: Tensor) -> None:
-        """Tell it where the tail lies."""
-        for name, part in (("recent_keys", keys), ("recent_values", values)):
-            self.layer[name]["elements"], self.layer[name]["width"] = part.data_ptr(), part.stride(2)
+    def holds(self, shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> bool:
+        """False if the plan was made for another call, or slots have changed since."""
+        return self.made_for == (asked, threads, with_tail) and all(
+            shelf.blocks.lengths is known for shelf, known in zip(shelves, self.lengths, strict=True)
+        )
 
-    def run(self, kernel: int) -> None:
-        """Let every thread call the function of that address."""
+    def run(self, kernel: int, asked: "Asked", numbers: dict[str, int]) -> None:
+        """Let every thread call the function of that address, with these numbers of `records.CALL`; the rest are 0."""
+        query, softmax = asked.query.contiguous(), asked.softmax
+        numbers |= {"query": query.data_ptr(), "query_kind": KINDS[query.dtype], "queries": asked.queries}
+        told = [numbers.get(name, 0) for name in CALL]
+        _CALL.pack_into(self.memory, 0, *told, softmax.scaling, softmax.softcap or 0.0)
         self.missing[:] = self.counts
-        self.layer["next"] = self.layer["workers"] = 0
-        in_parallel(kernel, self.layer.ctypes.data, min(self.threads, self.items))
+        in_parallel(kernel, self.address, min(self.threads, self.items))
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> None:
         """A copy of a cache makes its own: the addresses are those of the original."""

@@ -1,9 +1,9 @@
 """Stored vectors as float32: in place where they are, else into a little room that stays in the processor's cache."""
 
-from numba import float32, int32, njit, uint32
+from numba import float32, int32, int64, njit, uint32
 
-from kvprofile.runtime.backends.compiled.low_level import byte_row, float_of, float_rows, short_row
-from kvprofile.runtime.backends.compiled.records import BFLOAT16, BYTES, FLOAT16, FLOAT32, NIBBLES, SIXES
+from kvprofile.runtime.backends.compiled.low_level import byte_row, float_of, float_row, float_rows, short_row
+from kvprofile.runtime.backends.compiled.records import BFLOAT16, BYTES, FLOAT16, FLOAT32, NIBBLES, SIXES, SYMBOLS
 
 # Sums may be reordered and fused; what is not finite stays what it is. Python calls none of these functions.
 PLAIN = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -41,59 +41,63 @@ def from_16_bits(kind, address, count, into):
 
 
 @njit(**FAST)
-def vectors(part, first, offset, count, dim, room, scratch):  # noqa: PLR0917
-    """Vectors `first` to `first + count` of a part, `offset` elements further on: `(count, dim or more)` float32."""
-    start = first * part.width + offset
-    if part.kind == FLOAT32:
-        return float_rows(part.elements + 4 * start, count, part.width)
+def unpacked(kind, elements, start, width, count, dim, room, scratch):  # noqa: PLR0917
+    """Vectors that are stored as numbers, from element `start` on, `width` from one to the next: `(count, dim or more)`."""
+    if kind == FLOAT32:
+        return float_rows(elements + 4 * start, count, width)
     into = float_rows(scratch, count, room)
-    if part.kind in (BFLOAT16, FLOAT16):
-        for place in range(count):
-            from_16_bits(part.kind, part.elements + 2 * (start + place * part.width), dim, into[place])
-        return into
     for place in range(count):
-        facts = short_row(part.facts + 2 * (first + place) * part.facts_width, part.facts_width)
-        scale, centre = of_bfloat16(facts[0]), float32(0)
-        if part.facts_width > 1:
-            centre = of_bfloat16(facts[1])
-        vector = into[place]
-        _unpack(part, byte_row(part.elements + start + place * part.width, part.width), vector)
-        shift = centre - part.half * scale
-        for element in range(dim):
-            vector[element] = vector[element] * scale + shift
+        from_16_bits(kind, elements + 2 * (start + place * width), dim, into[place])
     return into
 
 
 @njit(**FAST)
-def _unpack(part, stored, into):
-    """The codes of a vector, or the levels they stand for."""
-    if part.kind == BYTES:
-        for place in range(part.width):
-            into[place] = float32(stored[place])
-    elif part.kind == NIBBLES:
-        for place in range(part.width):
-            into[2 * place] = float32(stored[place] & 15)
-            into[2 * place + 1] = float32(stored[place] >> 4)
-    else:
-        table = float_rows(part.table, 256, part.per)
-        if part.kind == SIXES:
-            _look_up_sixes(table, part.per, part.width // 3, stored, into)
+def vectors(part, first, count, dim, room, scratch):  # noqa: PLR0917
+    """Vectors `first` to `first + count` of a part: `(count, dim or more)` float32."""
+    kind, width = part.kind, part.width
+    start = first * width
+    if kind in (FLOAT32, BFLOAT16, FLOAT16):
+        return unpacked(kind, part.elements, start, width, count, dim, room, scratch)
+    into = float_rows(scratch, count, room)
+    # The record's numbers are read once: compiled code has to expect that what is written lies over them.
+    stored, number, half = byte_row(part.elements + start, count * width), part.facts_width, part.half
+    facts = short_row(part.facts + 2 * first * number, count * number)
+    if kind in (SYMBOLS, SIXES):
+        _look_up(float_row(part.table, 256 * part.per), part.per, kind == SIXES, width, stored, into)
+    for place in range(count):
+        vector, codes, scale = (
+            into[place],
+            stored[place * width : (place + 1) * width],
+            of_bfloat16(facts[place * number]),
+        )
+        shift = of_bfloat16(facts[place * number + 1]) - half * scale if number > 1 else float32(0)
+        if kind == BYTES:
+            for element in range(width):
+                vector[element] = float32(codes[element]) * scale + shift
+        elif kind == NIBBLES:
+            for pair in range(width):
+                vector[2 * pair] = float32(int32(codes[pair] & 15)) * scale + shift
+                vector[2 * pair + 1] = float32(int32(codes[pair] >> 4)) * scale + shift
         else:
-            for place in range(part.width):
-                levels = table[stored[place]]
-                for code in range(part.per):
-                    into[place * part.per + code] = levels[code]
+            for element in range(dim):
+                vector[element] = vector[element] * scale + shift
+    return into
 
 
 @njit(**FAST)
-def _look_up_sixes(table, per, quarter, stored, into):
-    """Symbols of six bits: three quarters of them in the low bits of a byte, the last in the two high bits of all."""
-    for place in range(3 * quarter):
-        levels = table[stored[place] & 63]
-        for code in range(per):
-            into[place * per + code] = levels[code]
-    for place in range(quarter):
-        high = stored[place] >> 6 | stored[place + quarter] >> 6 << 2 | stored[place + 2 * quarter] >> 6 << 4
-        levels = table[high]
-        for code in range(per):
-            into[(3 * quarter + place) * per + code] = levels[code]
+def _look_up(table, per, sixes, width, stored, into):  # noqa: PLR0917
+    """What the symbols of vectors stand for, `per` numbers each, into the rows of `(count, room)`."""
+    quarter = width // 3 if sixes else 0
+    for row in range(len(into)):
+        begin, vector = row * width, into[row]
+        for place in range(width + quarter):
+            if not sixes:
+                symbol = int64(stored[begin + place])
+            elif place < width:
+                symbol = int64(stored[begin + place] & 63)
+            else:
+                # The last quarter of the symbols of six bits lies in the two high bits of the other three.
+                low = begin + place - width
+                symbol = int64(stored[low] >> 6 | stored[low + quarter] >> 6 << 2 | stored[low + 2 * quarter] >> 6 << 4)
+            for code in range(per):
+                vector[place * per + code] = table[symbol * per + code]

@@ -4,7 +4,7 @@ from numba import float32, njit
 
 from kvprofile.runtime.backends.compiled.arithmetic import NOTHING, capped, exponential, fold, products
 from kvprofile.runtime.backends.compiled.low_level import float_row, float_rows, long_row
-from kvprofile.runtime.backends.compiled.reading import FAST, vectors
+from kvprofile.runtime.backends.compiled.reading import FAST, unpacked
 from kvprofile.runtime.backends.compiled.slots import clear, piece, queries_of
 
 
@@ -29,8 +29,8 @@ def of_tail(layer, row, scratch, tops, totals, sums):  # noqa: PLR0917
         clear(kept[place], begin)
     for first in range(begin, tail, tile):
         count = min(tile, tail - first)
-        offset = batch_row * layer.key_row + head * layer.key_head
-        keys = vectors(layer.recent_keys, first, offset, count, dim, room, tiles)
+        start = batch_row * layer.key_row + head * layer.key_head + first * layer.key_token
+        keys = unpacked(layer.tail_kind, layer.keys, start, layer.key_token, count, dim, room, tiles)
         for place in range(asked):
             logits = weights[place]
             products(query[place], keys, count, dim, logits)
@@ -43,9 +43,10 @@ def of_tail(layer, row, scratch, tops, totals, sums):  # noqa: PLR0917
                 logits[token] = NOTHING
             for token in range(count):
                 kept[place, first + token] = logits[token]
-        offset = batch_row * layer.value_row + head * layer.value_head
-        values = vectors(layer.recent_values, first, offset, count, layer.value_dim, room, tiles)
-        fold(weights, values, asked, count, layer.value_dim, tops, totals, sums)
+        start = batch_row * layer.value_row + head * layer.value_head + first * layer.value_token
+        width = layer.value_dim
+        values = unpacked(layer.tail_kind, layer.values, start, layer.value_token, count, width, room, tiles)
+        fold(weights, values, asked, count, width, tops, totals, sums)
 
 
 @njit(**FAST)

@@ -28,22 +28,29 @@ SHELF = np.dtype(
 # A share of the work that one thread does at a time: blocks `order[begin:end]` of a row on a shelf; the tail, if that is -1.
 ITEM = np.dtype([(name, _I8) for name in ("row", "shelf", "begin", "end")], align=True)
 
-# The call. next: the item to be taken next; workers: threads that have come. first `(rows + 1,)`: every row's first item.
-# missing `(rows,)`: its items that are not done. pieces: float32, of every item the largest logit and the sum of weights of
-# each query, then the outputs `(asked, value_dim)`. weights `(rows, asked, tail)`: the tail's, by its item's largest logit.
-# scratch: `scratch_size` bytes for each thread. room: elements of a vector there; tile: vectors. alone: leave the pieces
-# as they are and join nothing.
+# What is new in every call, int64 all of it. next: the item to be taken next; workers: threads that have come. query: `(rows,
+# asked, dim)`; keys and values: the tail's first, with the elements from one batch row, KV head and token to the next. unused:
+# int64 `(batch,)`; sinks: float32. output `(batch, queries, heads, value_dim)` and mass `(rows, tail)`: float32, to be written.
+# pieces: float32, of every item the largest logit and the sum of weights of each query, then the outputs `(asked, value_dim)`.
+# weights `(rows, asked, tail)`: the tail's logits. scratch: `scratch_size` bytes for each thread.
+CALL = (
+    *("next", "workers", "query", "query_kind", "queries", "kv_heads", "tail", "unused", "sinks", "output", "mass"),
+    *("keys", "key_row", "key_head", "key_token", "values", "value_row", "value_head", "value_token"),
+    *("pieces", "weights", "scratch"),
+)
+
+# The call, and what stays. first `(rows + 1,)`: every row's first item. missing `(rows,)`: its items that are not done. room:
+# elements of a vector in a thread's scratch; tile: vectors. alone: leave the pieces as they are and join nothing.
 LAYER = np.dtype(
-    [
+    [(name, _I8) for name in CALL]
+    + [("scaling", _F4), ("softcap", _F4)]
+    + [
         (name, _I8)
         for name in (
-            *("next", "workers", "items", "rows", "kv_heads", "asked", "queries", "dim", "value_dim", "alone"),
-            *("item_table", "shelf_table", "first", "missing", "pieces", "weights", "scratch", "scratch_size"),
-            *("room", "tile", "query", "query_kind", "tail", "unused", "sinks", "output", "mass"),
-            *("key_row", "key_head", "value_row", "value_head"),
+            *("items", "rows", "asked", "dim", "value_dim", "alone", "tail_kind"),
+            *("item_table", "shelf_table", "first", "missing", "scratch_size", "room", "tile"),
         )
-    ]
-    + [("scaling", _F4), ("softcap", _F4), ("recent_keys", PART), ("recent_values", PART)],
+    ],
     align=True,
 )
 OFFSETS = {name: field[1] for name, field in (LAYER.fields or {}).items()}

@@ -73,7 +73,7 @@ def of_slots(layer, item, scratch, tops, totals, sums):  # noqa: PLR0917
     for index in range(item.begin, item.end):
         block = order[index]
         count, first = int64(filled[block]), block * shelf.size
-        keys = vectors(shelf.keys, first, 0, count, dim, room, tiles)
+        keys = vectors(shelf.keys, first, count, dim, room, tiles)
         if shelf.bias:
             if shelf.bias_kind == FLOAT32:
                 bias = float_row(shelf.bias + 4 * first, count)
@@ -91,5 +91,5 @@ def of_slots(layer, item, scratch, tops, totals, sums):  # noqa: PLR0917
             if shelf.bias:
                 for slot in range(count):
                     logits[slot] += bias[slot]
-        values = vectors(shelf.values, first, 0, count, layer.value_dim, room, tiles)
+        values = vectors(shelf.values, first, count, layer.value_dim, room, tiles)
         fold(weights, values, asked, count, layer.value_dim, tops, totals, sums)
