@@ -8,16 +8,18 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvprofile import KVMerger, load_arrays, load_model, load_profile
+from kvprofile import KVMerger, load_model, load_profile
+from kvprofile.names import AUTO, NO_CODEC
 from kvprofile.planning.fit import footprint_of
-from kvprofile.planning.plans import replan
+from kvprofile.planning.spendings import kept_of
+from kvprofile.profile.profile import Profile
 from kvprofile.runtime.cache import allocated_bytes
 
 PROFILES = Path(__file__).parents[1] / "profiles"
@@ -33,36 +35,42 @@ def measured(model: PreTrainedModel, cache: Cache, tokens: int, batch: int) -> i
     return allocated_bytes(cache)
 
 
+def plans_of(profile: Profile, budgets: Sequence[float], parts: Sequence[float]) -> list[tuple[str, float, Profile]]:
+    """Unit, amount and the planned profile, slots first."""
+    slots = [("slots", budget, profile.replan(budget, codec=NO_CODEC)) for budget in budgets]
+    return slots + [("bytes", part, profile.replan(bytes=part, codec=AUTO)) for part in parts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m"])
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.5, 0.25])
+    parser.add_argument("--budgets", nargs="*", type=float, default=[1.0, 0.5, 0.25], help="of the slots")
+    parser.add_argument("--bytes", nargs="*", type=float, default=[0.5, 0.25, 0.15], help="slots and bits together")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
-    print("| model | budget | tokens | batch | fit says, MiB | nbytes(), MiB | off |\n|---|---|---|---|---|---|---|")
+    print("| model | keeps | tokens | batch | fit says, MiB | nbytes(), MiB | off |\n|---|---|---|---|---|---|---|")
     for name in arguments.models:
-        loaded, path = load_model(name, dtype="bfloat16"), PROFILES / f"{name}.json"
-        profile = load_profile(path)
-        arrays = load_arrays(profile, path)
-        footprint = footprint_of(loaded.model.config, torch.bfloat16)
-        config = loaded.model.config
-        for budget in arguments.budgets:
-            planned = replan(profile, arrays["damage_mean"], budget, measured=arrays)
-            shares = np.array([[head.share for head in layer.heads] for layer in planned.plan.layers])
-            merger = KVMerger.from_profile(planned.model_dump(mode="json")).attach(loaded.model)
+        loaded, profile = load_model(name, dtype=arguments.dtype), load_profile(PROFILES / f"{name}.json")
+        config, dtype = loaded.model.config, loaded.model.dtype
+        footprint = footprint_of(config, dtype)
+        for unit, amount, planned in plans_of(profile, arguments.budgets, arguments.bytes):
+            merger = KVMerger.from_profile(planned).attach(loaded.model)
             for tokens, batch in itertools.product(arguments.lengths, arguments.batches):
-                if budget == 1:
+                if amount == 1:
                     said, cache = footprint.stock_bytes(tokens, batch), DynamicCache(config=config)
                 else:
-                    said, cache = footprint.merged_bytes(tokens, batch, shares), merger.cache()
+                    said = footprint.kept_bytes(tokens, batch, kept_of(planned, tokens))
+                    cache = merger.cache()
                 found = measured(loaded.model, cache, tokens, batch)
                 off = said / found - 1
-                rows.append({"model": name, "budget": budget, "tokens": tokens, "batch": batch, "off": off})
+                row = {"model": name, "unit": unit, "amount": amount, "tokens": tokens, "batch": batch, "off": off}
+                rows.append(row)
                 sizes = f"{said / 2**20:.2f} | {found / 2**20:.2f} | {off:+.2%}"
-                print(f"| {name} | {budget:g} | {tokens:,} | {batch} | {sizes} |", flush=True)
+                print(f"| {name} | {amount:.0%} of {unit} | {tokens:,} | {batch} | {sizes} |", flush=True)
             merger.detach()
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))

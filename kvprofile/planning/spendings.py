@@ -1,6 +1,6 @@
 """How a profile spends any amount of slots or of bytes, and what it predicts for it: what `fit.py` looks for room for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,9 +11,10 @@ from kvprofile.names import AUTO, NO_CODEC
 from kvprofile.planning.evidence import Decision
 from kvprofile.planning.fit import BUDGETS, BYTES, STEPS, Kept, Spending, smallest
 from kvprofile.planning.plans import solver_of
-from kvprofile.planning.sizes import recent_tokens
+from kvprofile.planning.sizes import NOTHING, recent_tokens
 from kvprofile.planning.solver import Solver, total
 from kvprofile.profile.profile import Profile
+from kvprofile.profile.schema import PolicyFacts
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -69,14 +70,29 @@ def spending_of(
     )
 
 
+def kept_of(profile: Profile, context: int) -> Kept:
+    """What a profile's own plan keeps of texts of `context` tokens."""
+    layers = [
+        (
+            [(head.share, (head.key_codec, head.value_codec)) for head in layer.heads],
+            _recent(profile.policies, [head.policy for head in layer.heads], context),
+        )
+        for layer in profile.plan.layers
+    ]
+    codecs, stock = profile.plan.codecs, [NOTHING] * profile.model.kv_heads
+    return Kept(layers, [codecs.get(layer, stock) for layer in profile.model.windowed_layers()])
+
+
 def _kept(solver: Solver, found: Decision, context: int) -> Kept:
     heads, pairs = solver.model.kv_heads, iter(found.pairs)
     layers = [
-        (
-            [(float(one), next(pairs)) for one in share],
-            max(recent_tokens(solver.policies[str(name)].protection, context) for name in names),
-        )
+        ([(float(one), next(pairs)) for one in share], _recent(solver.policies, names.tolist(), context))
         for share, names in zip(found.share, found.policy, strict=True)
     ]
     windows = [found.windows[low : low + heads] for low in range(0, len(found.windows), heads)]
     return Kept(layers, windows)
+
+
+def _recent(policies: Mapping[str, PolicyFacts], names: Sequence[str], context: int) -> int:
+    """How many of the newest tokens a layer whose heads follow these policies keeps as they are."""
+    return max(recent_tokens(policies[name].protection, context) for name in names)
