@@ -1,7 +1,6 @@
 """The runtime on pretended CUDA devices: budgets of host syncs, and the same numbers on one device and on two."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from kvprofile import KVMerger
 from kvprofile.calibration.observe import observing
 from kvprofile.errors import KVProfileError
 from kvprofile.profile.fingerprint import model_facts
-from kvprofile.runtime.backends.table import BACKENDS
 from kvprofile.runtime.settings import CHUNK
 from tests.pretend_cuda import PretendCuda, on_cuda, over_two
 from tests.unit.architectures import build
@@ -87,9 +85,7 @@ def test_so_it_does_in_a_prompt_of_2048_tokens_with_three_heads_a_layer(gpu):
 # Layers that read other layers' keys have to lie on one device with them.
 @pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_device_and_two_give_the_processor_s_numbers(gpu, name, monkeypatch):
-    # Devices are served by torch's operations, to the bit what they are on processors.
-    monkeypatch.setitem(BACKENDS, "compiled", replace(BACKENDS["compiled"], unable=lambda _facts: "not here"))
+def test_one_device_and_two_give_the_processor_s_numbers(gpu, name):
     model = build(name)
     text, mask = padded(150, 3, "cpu")
     merger = KVMerger.from_profile(planned(model)).attach(model)
