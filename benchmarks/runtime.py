@@ -2,6 +2,7 @@
 
     python benchmarks/runtime.py                              # SmolLM2-135M and Gemma 3 270M, about ten minutes on two cores
     python benchmarks/runtime.py --models smollm2-135m --lengths 4096 --batches 1 --repeats 1
+    python benchmarks/runtime.py --models smollm2-135m --backends compiled blockwise      # side by side in every round
 
 Stock is transformers' DynamicCache with SDPA. Stock and merged runs alternate and every ratio is taken within its round; the
 medians are printed, wall and CPU time. A decode figure covers 32 steps, one merge of aged tokens among them. `limit` is the
@@ -38,9 +39,9 @@ LONG = 4096  # past this length: one prefill, batch 1, the first model, budgets 
 
 
 class Bench:
-    """A model with a merger attached for every budget, its stock attention still at hand."""
+    """A model with a merger attached for every budget and back end, its stock attention still at hand."""
 
-    def __init__(self, name: str, budgets: list[float], codec: str) -> None:
+    def __init__(self, name: str, budgets: list[float], codec: str, backends: list[str | None]) -> None:
         loaded = kvprofile.load_model(name)
         path = PROFILES / f"{name}.json"
         profile = kvprofile.load_profile(path)
@@ -48,11 +49,11 @@ class Bench:
         damage = arrays.get("damage_mean")
         self.model: PreTrainedModel = loaded.model
         self.stock = self.model.config._attn_implementation
+        plans = {budget: replan(profile, damage, budget, measured=arrays, codec=codec) for budget in budgets}
         self.mergers = {
-            budget: kvprofile.KVMerger.from_profile(
-                replan(profile, damage, budget, measured=arrays, codec=codec), arrays=arrays
-            ).attach(self.model)
-            for budget in budgets
+            (budget, backend): kvprofile.KVMerger.from_profile(plan, arrays=arrays, backend=backend).attach(self.model)
+            for budget, plan in plans.items()
+            for backend in backends
         }
         self.ours = self.model.config._attn_implementation
         self.names = ["stock", *self.mergers]
@@ -64,7 +65,7 @@ class Bench:
         return self.ids.repeat(1, -(-length // self.ids.shape[1]))[:, :length]
 
     def cache(self, name: Any) -> Any:
-        """An empty cache: `stock`, or that of a budget."""
+        """An empty cache: `stock`, or that of a budget and a back end."""
         return self.mergers[name].cache() if name in self.mergers else DynamicCache(config=self.model.config)
 
     def read(self, name: Any, cache: Any, tokens: Tensor, steps: int = 1) -> dict[str, float]:
@@ -109,7 +110,7 @@ def prefill(bench: Bench, length: int, repeats: int) -> tuple[list[dict[str, Any
     for index in range(repeats):
         rounds.append({})
         for name in bench.names:
-            if name == 1 and (index < repeats - 1 or length > LONG):
+            if name[0] == 1 and (index < repeats - 1 or length > LONG):
                 continue  # nothing is merged: one prefill, for the decode steps
 
             def fill(name: Any = name, seconds: dict[Any, Any] = rounds[-1]) -> Any:
@@ -121,16 +122,17 @@ def prefill(bench: Bench, length: int, repeats: int) -> tuple[list[dict[str, Any
                 fill()
             else:
                 caches[name], live[name] = live_bytes(fill)
-    for budget in [name for name in caches if name != "stock"]:
+    for name in [name for name in caches if name != "stock"]:
         rows.append(
             {
                 "what": "prefill",
                 "length": length,
-                "budget": budget,
+                "budget": name[0],
+                "backend": name[1] or "first able",
                 "stock_seconds": median(one["stock"]["wall"] for one in rounds),
             }
-            | ratios(rounds, budget, "stock")
-            | {"live_bytes": live[budget] / live["stock"], "nbytes": caches[budget].nbytes() / live["stock"]}
+            | ratios(rounds, name, "stock")
+            | {"live_bytes": live[name] / live["stock"], "nbytes": caches[name].nbytes() / live["stock"]}
         )
     return rows, caches
 
@@ -146,15 +148,15 @@ def decode(bench: Bench, caches: dict[Any, Any], length: int, batch: int, repeat
     rounds = [{name: bench.read(name, cache, tokens, STEPS) for name, cache in runs.items()} for _ in range(repeats)]
     limit = ratios(rounds, "stock", "limit")
     return [
-        {"what": "decode", "length": length, "batch": batch, "budget": budget}
+        {"what": "decode", "length": length, "batch": batch, "budget": name[0], "backend": name[1] or "first able"}
         | {
             "stock_seconds": median(one["stock"]["wall"] for one in rounds),
             "limit": limit["wall"],
             "cpu_limit": limit["cpu"],
         }
-        | ratios(rounds, "stock", budget)
-        for budget in caches
-        if budget != "stock"
+        | ratios(rounds, "stock", name)
+        for name in caches
+        if name != "stock"
     ]
 
 
@@ -166,7 +168,7 @@ def peak(name: str, cache: str, length: int, codec: str) -> int:
 
 
 def measure_peak(name: str, cache: str, length: int, codec: str) -> None:
-    bench = Bench(name, [] if cache == "stock" else [float(cache)], codec)
+    bench = Bench(name, [] if cache == "stock" else [float(cache)], codec, [None])
     own = bench.names[-1]
     bench.read(own, bench.cache(own), bench.tokens(16))
     gc.collect()
@@ -188,6 +190,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--codec", default="none", help="how slots are stored, as kvprofile plan --codec")
+    parser.add_argument(
+        "--backends", nargs="+", default=[None], help="by name, to compare them; else the first that is able"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path, default=Path("runtime.json"))
     parser.add_argument("--peak", nargs=3, metavar=("MODEL", "CACHE", "LENGTH"), help=argparse.SUPPRESS)
@@ -199,7 +204,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
-        bench = Bench(name, arguments.budgets, arguments.codec)
+        bench = Bench(name, arguments.budgets, arguments.codec, arguments.backends)
         for length in arguments.lengths:
             if length > LONG and name != arguments.models[0]:
                 continue
@@ -228,11 +233,12 @@ def main() -> None:
             rows.append(row | {"peak": median(one[budget] for one in rounds) / stock})
     arguments.output.write_text(json.dumps(rows, indent=1))
     place = {"model": "{model}", "tokens": "{length}", "budget": "{budget:g}"}
+    served = place | {"back end": "{backend}"}
     figures = {"wall": "{wall:.2f}", "CPU": "{cpu:.2f}"}
     table(
         rows,
         "prefill",
-        place
+        served
         | {"stock s": "{stock_seconds:.2f}"}
         | figures
         | {"live bytes": "{live_bytes:.3f}", "nbytes()": "{nbytes:.3f}"},
@@ -240,7 +246,7 @@ def main() -> None:
     table(
         rows,
         "decode",
-        place
+        served
         | {"batch": "{batch}", "stock s": "{stock_seconds:.3f}"}
         | {
             "speed-up, wall": "{wall:.2f}",

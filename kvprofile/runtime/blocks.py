@@ -22,8 +22,8 @@ class Blocks:
     keys, values: the parts in which they are stored, each `(blocks, size, width)`; unused room is zero. bias `(blocks, size)`:
     what is added to a slot's logits, `MASKED` where there is none, or the dtype's least number; None if all slots' are zero.
     owner `(blocks,)`: every block's head. counts int32: `filled`, `held` and `ends`, one after the other. All lie on the
-    device, where every step reads them, and stay where they are until a head has outgrown its room. lengths: slots of every
-    head; a new list whenever what is stored changes.
+    device, where every step reads them, and stay where they are until a head has outgrown its room; then each of these tensors
+    is a new one. lengths: slots of every head.
     """
 
     keys: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""The back end: a plan for every layer, kept until its slots change, and one call of the kernel a step."""
+"""The back end: a plan for every layer, kept until its slots move, and one call of the kernel a step."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""What a layer's calls have in common between two merges: the records of its shelves, and who does what."""
+"""What a layer's calls have in common until its slots move: the records of its shelves, and who does what."""
 
 import struct
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Plan:
 
     def __init__(self, shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> None:
         self.made_for = asked, threads, with_tail
-        self.threads, self.lengths = threads, [shelf.blocks.lengths for shelf in shelves]
+        self.threads, self.counts_of = threads, [shelf.blocks.counts for shelf in shelves]
         self.held: list[Any] = []
         facts, rows = shelves[0].facts, len(shelves[0].blocks.lengths)
         self.value_dim = facts.value_dim
@@ -66,9 +66,9 @@ class Plan:
             layer[name] = number
 
     def holds(self, shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> bool:
-        """False if the plan was made for another call, or slots have changed since."""
+        """False if the plan was made for another call, or slots have moved since; new ones in the same room do not matter."""
         return self.made_for == (asked, threads, with_tail) and all(
-            shelf.blocks.lengths is known for shelf, known in zip(shelves, self.lengths, strict=True)
+            shelf.blocks.counts is known for shelf, known in zip(shelves, self.counts_of, strict=True)
         )
 
     def run(self, kernel: int, asked: "Asked", numbers: dict[str, int]) -> None:
