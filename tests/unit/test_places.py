@@ -67,5 +67,5 @@ def test_every_file_of_the_package_is_built_into_it():
     for folder, _, names in os.walk(ROOT / "kvprofile", followlinks=True):
         package = ".".join(Path(folder).relative_to(ROOT).parts)
         for name in names:
-            if not name.endswith((".py", ".pyc")):
+            if not name.endswith((".py", ".pyc", ".nbi", ".nbc")):  # the last two are numba's, beside Python's own
                 assert any(PurePath(name).match(pattern) for pattern in data.get(package, [])), f"{package}: {name}"

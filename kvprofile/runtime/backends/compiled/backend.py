@@ -1,5 +1,6 @@
 """The back end: a plan for every layer, kept until its slots move, and one call of the kernel a step."""
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from kvprofile.runtime.backends.contract import Asked, Facts, Pieces, Recent
 if TYPE_CHECKING:
     from kvprofile.runtime.shelf import Shelf
 
+_compiling = threading.Lock()
 INSTEAD = "pip install 'kvprofile[fast]' decodes faster on CPUs"
 
 
@@ -38,9 +40,15 @@ def missing() -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
 def _address() -> int:
-    """Of the compiled kernel; the first call on a machine compiles it, and keeps it on disk."""
+    """Of the compiled kernel. One thread compiles it, the others wait."""
+    with _compiling:
+        return _compiled()
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> int:
+    """The first call on a machine compiles, and keeps the result on disk."""
     from kvprofile.runtime.backends.compiled.kernel import compiled
 
     try:
@@ -58,7 +66,7 @@ def attend_slots(asked: Asked, shelf: "Shelf") -> Pieces:
     pieces = torch.from_numpy(room[: plan.piece_floats]).view(plan.items, -1)
     tops, totals, sums = pieces.split([count, count, count * plan.value_dim], -1)
     output = sums.unflatten(-1, (count, -1)) / totals.unsqueeze(-1)
-    return Pieces(shelf.output(output), (tops + totals.log()).unsqueeze(-1), plan.owner)
+    return Pieces(shelf.output(output), (tops + totals.log()).unsqueeze(-1), torch.tensor(plan.owner))
 
 
 def attend_layer(asked: Asked, shelves: "Sequence[Shelf]", recent: Recent, mass: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """What a layer's calls have in common until its slots move: the records of its shelves, and who does what."""
 
 import struct
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,12 @@ class Plan:
 
     def __init__(self, shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> None:
         self.made_for = asked, threads, with_tail
-        self.threads, self.counts_of = threads, [shelf.blocks.counts for shelf in shelves]
+        self.threads, self.counts_of = threads, [weakref.ref(shelf.blocks.counts) for shelf in shelves]
         self.held: list[Any] = []
         facts, rows = shelves[0].facts, len(shelves[0].blocks.lengths)
         self.value_dim = facts.value_dim
         items, self.first = _items(shelves, self.threads, with_tail)
-        self.items, self.owner = len(items), torch.from_numpy(items["row"])
+        self.items, self.owner = len(items), items["row"]
         self.counts = np.diff(self.first)
         self.missing = np.empty(rows, dtype=np.int64)
         table = np.zeros(len(shelves), dtype=SHELF)
@@ -68,7 +69,7 @@ class Plan:
     def holds(self, shelves: "Sequence[Shelf]", asked: int, threads: int, with_tail: bool) -> bool:
         """False if the plan was made for another call, or slots have moved since; new ones in the same room do not matter."""
         return self.made_for == (asked, threads, with_tail) and all(
-            shelf.blocks.counts is known for shelf, known in zip(shelves, self.counts_of, strict=True)
+            shelf.blocks.counts is known() for shelf, known in zip(shelves, self.counts_of, strict=True)
         )
 
     def run(self, kernel: int, asked: "Asked", numbers: dict[str, int]) -> None:
