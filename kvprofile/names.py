@@ -19,6 +19,7 @@ Affinity = Literal[
     "nested",
     "expected",
     "decayed",
+    "again",
     "random",
 ]
 Join = Literal["chain", "anchor", "complete", "drop", "nearest", "residual", "spread", "spread-drawn"]
@@ -69,6 +70,9 @@ POLICY_NAMES = (
     "absorb",
     "gather",
     "gather-mended",
+    "gather-matched",
+    "again-matched",
+    "window-matched",
     "average",
     "pivot",
     "pivot-key",

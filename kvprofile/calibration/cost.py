@@ -14,6 +14,7 @@ from kvprofile.calibration.sensitivity import DRAWS
 from kvprofile.evaluate.fidelity import PASSAGE_TOKENS, PASSAGES
 from kvprofile.merging.nearest import WINDOW
 from kvprofile.merging.policies import POLICIES
+from kvprofile.merging.tokens import ROWS_AGAIN
 
 # Passes over a tensor, in units of one exponential and one product with a new tensor for each (see `Rates.element`).
 PASS = 0.25  # a norm, a rotation, a sum: less than an exponential
@@ -157,7 +158,19 @@ def _damage(sizes: Sizes, tokens: int, rows: int, name: str) -> Work:
         work += Work(exact=pairs * sizes.dim, elements=SIMILAR * pairs)
     if policy.regression:
         work += Work(elements=REGRESSION * own, launches=MERGE_LAUNCHES).times(len(BUDGETS))
+    if policy.matching:
+        work += sum((_matching(sizes, tokens, share) for share in BUDGETS), Work())
+    if policy.again:
+        work += Work(exact=ROWS_AGAIN * sizes.kv_heads * tokens * sizes.dim).times(len(BUDGETS))
     return work
+
+
+def _matching(sizes: Sizes, tokens: int, share: float) -> Work:
+    """One layer's slots with biases and values solved for, twice by the smaller Gram matrix of attention over them."""
+    slots, rows, heads = share * tokens, ROWS_AGAIN, sizes.kv_heads
+    looked = Work(exact=(2 * tokens + 4 * slots) * rows * sizes.dim, elements=rows * (tokens + 3 * slots))
+    solved = Work(exact=2 * min(rows, slots) * (rows * slots + min(rows, slots) ** 2 / 3))
+    return (looked + solved).times(heads) + Work(launches=2 * MERGE_LAUNCHES)
 
 
 def _coding(sizes: Sizes, tokens: int, rows: float, codecs: int) -> Work:

@@ -189,7 +189,7 @@ def coded(candidates: Sequence[tuple[str, Policy]]) -> list[tuple[str, Policy]]:
 
     The first that mends values, otherwise the first that merges, otherwise the first: its slots are the least like tokens.
     """
-    return sorted(candidates, key=lambda one: (not one[1].regression, one[1].only_drops))[:1]
+    return sorted(candidates, key=lambda one: (not one[1].mends, one[1].only_drops))[:1]
 
 
 def _text_facts(samples: "Sequence[Sample]") -> TextFacts:

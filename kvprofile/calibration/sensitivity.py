@@ -14,7 +14,7 @@ from kvprofile.errors import KVProfileError
 from kvprofile.merging.affinity import AFFINITIES
 from kvprofile.merging.regression import WINDOW
 from kvprofile.merging.scores import estimated_mass, window_mass
-from kvprofile.merging.tokens import Queries, Tokens, newest_queries
+from kvprofile.merging.tokens import Queries, Tokens, asked_again, newest_queries
 from kvprofile.runtime.attention import AttentionCall
 
 DRAWS = 4  # answers drawn from the model's own prediction to estimate the curvature
@@ -43,7 +43,7 @@ def read_probe(
     """
     sizes = sorted({one.window for one in AFFINITIES.values() if one.window is not None})
     asked = max(WINDOW, *(one.queries for one in AFFINITIES.values()))
-    scores: dict[int, tuple[Tensor, dict[int, Tensor], Queries]] = {}
+    scores: dict[int, tuple[Tensor, dict[int, Tensor], Queries, Queries | None]] = {}
 
     def on_context(layer: int, call: AttentionCall, _output: Tensor) -> None:
         mass = None
@@ -53,6 +53,9 @@ def read_probe(
                 mass,
                 {size: window_mass(call.query, call.key, call.softmax, window=size) for size in sizes},
                 newest_queries(call.query, call.key, call.value, call.softmax, count=asked),
+                None
+                if call.rotary is None
+                else asked_again(call.query, call.key, call.value, call.softmax, call.rotary.turned),
             )
         if layer in layers or layer in windows:
             contexts[layer] = call.key, call.value
@@ -72,9 +75,9 @@ def read_probe(
     with torch.no_grad():
         for index, layer in enumerate(layers):
             call, _ = attended.pop(layer)
-            mass, received, queries = scores.pop(layer)
+            mass, received, queries, again = scores.pop(layer)
             keys, values = contexts.pop(layer)
-            context = Tokens(keys, values, mass, received, 0, tokens, queries)
+            context = Tokens(keys, values, mass, received, 0, tokens, queries, again=again)
             slopes = torch.stack([draw[index][0] for draw in gradients]).float() / scale
             kind, some = (index.to(slopes.device, non_blocking=True) for index in (probe.kind, few))
             watch_probe(layer, Reading(context, call, slopes, kind, some))

@@ -14,7 +14,7 @@ def policies(as_json: bool) -> None:
         {
             "policy": name,
             "ranks by": policy.affinity,
-            "what loses its slot": policy.rule + (", values mended" if policy.regression else ""),
+            "what loses its slot": policy.rule + (", values mended" if policy.mends else ""),
         }
         for name, policy in POLICIES.items()
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvprofile.merging.draws import uniform
 from kvprofile.merging.key_affinity import keydiff, nested
-from kvprofile.merging.query_affinity import DECAY_QUERIES, FUTURE_QUERIES, decayed, expected
+from kvprofile.merging.query_affinity import DECAY_QUERIES, FUTURE_QUERIES, again, decayed, expected
 from kvprofile.merging.sets import adjacent_cosine
 from kvprofile.merging.tokens import Tokens, mean_attention, relative
 
@@ -24,13 +24,14 @@ class Affinity:
     """A ranking of tokens, and what has to be measured for it.
 
     rank: the function. mass: it reads the attention mass. window: it reads the attention received from that many of the
-    newest queries. queries: it reads that many of the newest queries themselves.
+    newest queries. queries: it reads that many of the newest queries themselves. again: it reads the queries asked again.
     """
 
     rank: Callable[[Tokens], Tensor]
     mass: bool = False
     window: int | None = None
     queries: int = 0
+    again: bool = False
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Rank the tokens: `(batch, kv_heads, tokens)`."""
@@ -103,5 +104,6 @@ AFFINITIES: dict[str, Affinity] = {
     "nested": Affinity(nested),
     "expected": Affinity(expected, mass=True, queries=FUTURE_QUERIES),
     "decayed": Affinity(decayed, mass=True, queries=DECAY_QUERIES),
+    "again": Affinity(again, mass=True, again=True),
     "random": Affinity(random),
 }

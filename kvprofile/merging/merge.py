@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvprofile.merging.joining import JOINS
 from kvprofile.merging.losses import Losses, most_affine
+from kvprofile.merging.matching import match
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.regression import regress
@@ -56,6 +57,8 @@ def merge_tokens(
         lengths = (affinity.shape[-1] - losses.clamp(0, affinity.shape[-1] - first)).reshape(-1).tolist()
     given = Losses(replace(tokens, seed=policy.seed), affinity, lost, protected, lengths, first, strained)
     slots = JOINS[policy.rule](given, policy.combination)
+    if policy.matching:
+        return match(tokens, slots)
     return regress(tokens, slots) if policy.regression else slots
 
 

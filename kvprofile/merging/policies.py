@@ -24,6 +24,7 @@ class Policy:
         values go to the survivors after them; `drop`: they are evicted.
     protection, combination: see there; the combination is used by the rules that merge keys.
     regression: mend the slots' values afterwards (`regression.regress`).
+    matching: mend their biases and values, in place of that (`matching.match`).
     seed: of what the affinity `random` and the rule `spread-drawn` draw.
     """
 
@@ -32,6 +33,7 @@ class Policy:
     protection: Protection = field(default_factory=Protection)
     combination: Combination = field(default_factory=Combination)
     regression: bool = False
+    matching: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,12 +47,17 @@ class Policy:
     @property
     def only_drops(self) -> bool:
         """True if the slots hold tokens as they were: kept or dropped, nothing changed."""
-        return self.rule == "drop" and not self.regression
+        return self.rule == "drop" and not self.mends
+
+    @property
+    def mends(self) -> bool:
+        """True if what slots hold is solved for after they were made."""
+        return self.regression or self.matching
 
     @property
     def weighs(self) -> bool:
         """False if every slot counts as one token in the softmax: its bias is zero."""
-        return JOINS[self.rule].combines and self.combination.bias != "none"
+        return self.matching or (JOINS[self.rule].combines and self.combination.bias != "none")
 
     @property
     def has_pivots(self) -> bool:
@@ -77,6 +84,11 @@ class Policy:
     def queries(self) -> int:
         """How many of the newest queries have to be at hand when the prompt is compressed."""
         return max(AFFINITIES[self.affinity].queries, WINDOW if self.regression else 0)
+
+    @property
+    def again(self) -> bool:
+        """True if queries of all of the text have to be asked again when the prompt is compressed."""
+        return self.matching or AFFINITIES[self.affinity].again
 
     def least(self, protected: int) -> int:
         """The fewest slots that hold a text with so many protected tokens: neighbours need one to merge into."""
@@ -115,6 +127,11 @@ POLICIES: dict[str, Policy] = {
     "gather": Policy("value-attention", "nearest", combination=Combination("attention")),
     # The same, and the values solved for afterwards.
     "gather-mended": Policy("value-attention", "nearest", combination=Combination("attention"), regression=True),
+    # The same, and biases and values solved for together: Attention Matching (arXiv 2602.16284).
+    "gather-matched": Policy("value-attention", "nearest", combination=Combination("attention"), matching=True),
+    # The same by other rankings: the attention of queries asked again, and that of the newest.
+    "again-matched": Policy("again", "nearest", combination=Combination("attention"), matching=True),
+    "window-matched": Policy("long-window", "nearest", combination=Combination("attention"), matching=True),
     "average": Policy(combination=Combination(weights="average")),
     # Sets keep their pivot's key and value, and count for all.
     "pivot": Policy("displacement", combination=Combination(weights="pivot")),

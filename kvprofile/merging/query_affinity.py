@@ -37,6 +37,23 @@ def expected(tokens: Tokens) -> Tensor:
     return -relative(torch.softmax(logits, dim=-1).mean(2) * length)
 
 
+def again(tokens: Tokens) -> Tensor:
+    """Minus the attention received from queries of all of the text, asked again after it, times the length of the value.
+
+    KVzip (arXiv 2505.23416) reads the text again to learn what is looked at then. Here its queries are turned on to where it
+    ends, which costs no second forward (`tokens.asked_again`).
+    """
+    length = tokens.values.float().norm(dim=-1)
+    queries, count = tokens.again, tokens.keys.shape[2]
+    if queries is None:
+        return -relative(mean_attention(tokens) * length)
+    logits = queries.logits(torch.cat([tokens.keys, queries.keys], dim=2))
+    if queries.sinks is not None:
+        logits = torch.cat([logits, queries.sinks[None, :, :, None, None].expand(*logits.shape[:-1], 1)], dim=-1)
+    received = torch.softmax(logits, dim=-1, out=logits)[..., :count].mean((2, 3))
+    return -relative(received * length)
+
+
 def decayed(tokens: Tokens) -> Tensor:
     """Minus the attention received, each query's counting 0.98 times the next one's (ZSMerge, arXiv 2503.10714).
 

@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from kvprofile.merging.host import sent
+from kvprofile.merging.padding import pad
 from kvprofile.merging.slots import Slots
 from kvprofile.merging.tokens import Tokens
 
@@ -30,19 +30,12 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
     if queries is None or not min(WINDOW, queries.keys.shape[2]) or not sum(slots.lengths):
         return slots
     queries = queries.newest(min(WINDOW, queries.keys.shape[2]))
-    batch, kv_heads, group, asked = queries.states.shape[:4]
-    longest = max(slots.lengths)
-    held = [head * longest + slot for head, length in enumerate(slots.lengths) for slot in range(length)]
-    place, lengths = sent(held, slots.keys.device), sent(slots.lengths, slots.keys.device)
-    keys, values, bias = (
-        part.new_zeros(len(lengths) * longest, *part.shape[1:]).index_copy_(0, place, part).unflatten(0, (-1, longest))
-        for part in _parts(slots)
-    )
-    missing = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
-    keys, values = (part.float().unflatten(0, (batch, kv_heads)) for part in (keys, values))
+    kv_heads, group, asked = queries.states.shape[1:4]
+    padded = pad(slots, kv_heads)
+    keys, values, lengths = padded.keys, padded.values, padded.lengths
 
     before, after = queries.logits(tokens.keys), queries.logits(keys)
-    after += bias.masked_fill(missing, -torch.inf).view(batch, kv_heads, 1, 1, -1)
+    after += padded.bias[:, :, None, None]
     newer, count = queries.logits(queries.keys), queries.keys.shape[2]
     own = torch.arange(asked, device=keys.device) + count - asked
     newer = newer.masked_fill(torch.arange(count, device=keys.device) > own[:, None], -torch.inf)
@@ -57,19 +50,15 @@ def regress(tokens: Tokens, slots: Slots) -> Slots:
     weights, recent = after / total, recent / total
 
     error = wanted - recent - weights @ values
-    free = weights * ~_most_attended(weights.sum(2), lengths.view(batch, kv_heads))[:, :, None]
+    free = weights * ~_most_attended(weights.sum(2), lengths)[:, :, None]
     gram = free @ free.transpose(-1, -2) + RIDGE * torch.eye(group * asked, device=keys.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
     changed = values + free.transpose(-1, -2) @ torch.cholesky_solve(error, factor)
     changed = changed.to(slots.values.dtype).float()
     better = (wanted - recent - weights @ changed).square().sum((-1, -2)) < error.square().sum((-1, -2))
-    better &= (failed == 0) & (lengths.view(batch, kv_heads) < tokens.keys.shape[2])
-    values = torch.where(better[..., None, None], changed, values).to(slots.values.dtype).flatten(0, 1)
-    return Slots(slots.keys, values.flatten(0, 1).index_select(0, place), slots.bias, slots.lengths)
-
-
-def _parts(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
-    return slots.keys, slots.values, slots.bias
+    better &= (failed == 0) & (lengths < tokens.keys.shape[2])
+    values = padded.packed(torch.where(better[..., None, None], changed, values))
+    return Slots(slots.keys, values.to(slots.values.dtype), slots.bias, slots.lengths)
 
 
 def _most_attended(received: Tensor, lengths: Tensor) -> Tensor:

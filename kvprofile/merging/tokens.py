@@ -1,17 +1,24 @@
-"""What a policy sees: the tokens of one layer, and the newest queries that looked at them."""
+"""What a policy sees: the tokens of one layer, and queries that look at them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvprofile.merging.host import select, selector
+from kvprofile.merging.host import select, selector, sent
 from kvprofile.merging.softmax import Softmax
+
+ROWS_AGAIN = 288  # queries asked again of every KV head, its group's together: a third the newest, the others spread
+LATER = 64  # how many tokens after the text they are asked
+
+# States `(batch, heads, queries, head_dim)` float32, every query turned so many positions on, `(queries,)`.
+Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Queries:
-    """The newest queries of the text, and what they look at beside the tokens at hand.
+    """Queries of the text, and what they look at beside the tokens at hand.
 
     states `(batch, kv_heads, group, queries, head_dim)`, already multiplied by the scaling: a query's product with a key is
     the logit, up to the soft cap. keys, values `(batch, kv_heads, newer, dim)`: of the tokens newer than those at hand. sinks
@@ -35,6 +42,20 @@ class Queries:
         """The newest `count` of them."""
         return replace(self, states=self.states[..., max(0, self.states.shape[3] - count) :, :])
 
+    def of_heads(self, chosen: slice | list[int]) -> "Queries":
+        """Those of some KV heads only."""
+        return Queries(
+            select(self.states, chosen, 1),
+            select(self.keys, chosen, 1),
+            select(self.values, chosen, 1),
+            self.softcap,
+            None if self.sinks is None else select(self.sinks, chosen, 0),
+        )
+
+    def beside(self, keys: Tensor, values: Tensor) -> "Queries":
+        """The same, where these tokens `(batch, kv_heads, tokens, dim)`, older than the newer ones, have joined them."""
+        return replace(self, keys=torch.cat([keys, self.keys], dim=2), values=torch.cat([values, self.values], dim=2))
+
 
 def newest_queries(
     query: Tensor,
@@ -45,9 +66,24 @@ def newest_queries(
     count: int,
 ) -> Queries:
     """The newest `count` of the queries `(batch, heads, queries, head_dim)` of an attention over all of `keys`."""
+    return _grouped(query[:, :, max(0, query.shape[2] - count) :].float(), keys, values, softmax)
+
+
+def asked_again(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, turn: Turn) -> Queries:
+    """Some of the queries `(batch, heads, queries, head_dim)`, from all of the text, as if they were asked after it.
+
+    A model that reads something again asks much what it asked the first time, from a later position: so queries evenly spaced
+    over the text, and the newest, are turned on to one place a little after its end. They see all tokens.
+    """
+    count, asked = query.shape[2], max(3, ROWS_AGAIN * keys.shape[1] // query.shape[1])
+    stride, newest = max(1, -(-count // (asked - asked // 3))), max(0, count - asked // 3)
+    places = sent([*range((count - 1) % stride, newest, stride), *range(newest, count)], query.device)
+    return _grouped(turn(query.index_select(2, places).float(), count - 1 + LATER - places), keys, values, softmax)
+
+
+def _grouped(states: Tensor, keys: Tensor, values: Tensor, softmax: Softmax) -> Queries:
     kv_heads = keys.shape[1]
-    states = query[:, :, max(0, query.shape[2] - count) :].float() * softmax.scaling
-    grouped = states.unflatten(1, (kv_heads, -1))
+    grouped = (states * softmax.scaling).unflatten(1, (kv_heads, -1))
     own = None if softmax.sinks is None else softmax.sinks.float().view(kv_heads, -1)
     return Queries(grouped, keys[:, :, :0], values[:, :, :0], softmax.softcap, own)
 
@@ -59,7 +95,8 @@ class Tokens:
     keys `(batch, kv_heads, tokens, head_dim)`, values `(batch, kv_heads, tokens, value_dim)`. mass
     `(batch, kv_heads, tokens)`: attention received from all queries; windows: attention received from the newest queries,
     by their number, pooled over neighbours; queries: the newest queries themselves; each only where a policy at hand asks
-    for it, and queries only until the first slots exist. position: true position of the first token. seen: tokens of the
+    for it, and queries only until the first slots exist. again: queries from all of the text as if asked after it; None too
+    where it is not known how to turn them. position: true position of the first token. seen: tokens of the
     text so far, these and newer ones. heads: which KV heads of the layer these are (None: all, in order). seed: of what
     a policy draws.
     """
@@ -73,46 +110,34 @@ class Tokens:
     queries: Queries | None = None
     heads: tuple[int, ...] | None = None
     seed: int = 0
+    again: Queries | None = None
 
     def of_heads(self, heads: list[int]) -> "Tokens":
         """The same tokens, of some KV heads only."""
         known = range(self.keys.shape[1]) if self.heads is None else self.heads
         chosen = selector(heads)
-        queries = self.queries
-        if queries is not None:
-            queries = Queries(
-                select(queries.states, chosen, 1),
-                select(queries.keys, chosen, 1),
-                select(queries.values, chosen, 1),
-                queries.softcap,
-                None if queries.sinks is None else select(queries.sinks, chosen, 0),
-            )
         return replace(
             self,
             keys=select(self.keys, chosen, 1),
             values=select(self.values, chosen, 1),
             mass=None if self.mass is None else select(self.mass, chosen, 1),
             windows={size: select(received, chosen, 1) for size, received in self.windows.items()},
-            queries=queries,
+            queries=None if self.queries is None else self.queries.of_heads(chosen),
+            again=None if self.again is None else self.again.of_heads(chosen),
             heads=tuple(known[head] for head in heads),
         )
 
     def oldest(self, count: int) -> "Tokens":
         """The oldest `count` of the tokens; the queries still see the others."""
-        queries = self.queries
-        if queries is not None:
-            queries = replace(
-                queries,
-                keys=torch.cat([self.keys[:, :, count:], queries.keys], dim=2),
-                values=torch.cat([self.values[:, :, count:], queries.values], dim=2),
-            )
+        newer = self.keys[:, :, count:], self.values[:, :, count:]
         return replace(
             self,
             keys=self.keys[:, :, :count],
             values=self.values[:, :, :count],
             mass=None if self.mass is None else self.mass[..., :count],
             windows={size: received[..., :count] for size, received in self.windows.items()},
-            queries=queries,
+            queries=None if self.queries is None else self.queries.beside(*newer),
+            again=None if self.again is None else self.again.beside(*newer),
         )
 
 

@@ -124,6 +124,10 @@ class PolicyFacts(Strict):
     regression: bool = Field(
         default=False, description="mend the slots' values so that the newest queries' outputs match"
     )
+    matching: bool = Field(
+        default=False,
+        description="mend the slots' biases and values so that queries of all of the text get the same again",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of what a policy draws")
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from kvprofile.merging.host import indexer
 from kvprofile.merging.merge import merge_layer
 from kvprofile.merging.scores import estimated_mass, pooled, window_mass
 from kvprofile.merging.slots import Slots
-from kvprofile.merging.tokens import Queries, Tokens, newest_queries
+from kvprofile.merging.tokens import Queries, Tokens, asked_again, newest_queries
 from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.rows import Places, Row, alike
 from kvprofile.runtime.shelves import store
@@ -124,8 +124,10 @@ def _into_slots(
         for size in state.setting.windows
     }
     tokens = Tokens(state.tail.keys[here, :, part], state.tail.values[here, :, part], mass, newest, seen - own, seen)
-    if state.setting.queries and not row.merged:
-        tokens = replace(tokens, queries=_newest_queries(state, row, places, calls))
+    if not row.merged:
+        tokens = replace(
+            tokens, queries=_newest_queries(state, row, places, calls), again=_again(state, row, places, calls)
+        )
     return merge_layer(
         tokens.oldest(aged),
         state.setting.policies,
@@ -150,20 +152,38 @@ def _room(state: "LayerState", row: Row, places: Places, heavy: tuple[int, ...])
     return wanted - held
 
 
-def _newest_queries(state: "LayerState", row: Row, places: Places, calls: Calls) -> Queries:
-    """The newest queries of rows without slots; where layers share their keys, all readers' as one group."""
-    here = indexer(places, state.device)
+def _newest_queries(state: "LayerState", row: Row, places: Places, calls: Calls) -> Queries | None:
+    """The newest queries of rows without slots, if they are needed."""
     asked = min(state.setting.queries, state.own(row), calls[0][0].query.shape[2])
-    found = [
-        newest_queries(
-            call.query[here],
-            state.tail.keys[here],
-            state.tail.values[here],
-            call.softmax,
-            count=asked,
-        )
-        for call, _ in calls
-    ]
+    if not asked:
+        return None
+    keys, values = _tail(state, places)
+    here = indexer(places, state.device)
+    return _of_readers([newest_queries(call.query[here], keys, values, call.softmax, count=asked) for call, _ in calls])
+
+
+def _again(state: "LayerState", row: Row, places: Places, calls: Calls) -> Queries | None:
+    """Queries of all of the text of rows without slots, asked again after it, if they are needed and can be turned."""
+    if not state.setting.again:
+        return None
+    keys, values = _tail(state, places)
+    here, count = indexer(places, state.device), min(state.own(row), calls[0][0].query.shape[2])
+    found = []
+    for call, _ in calls:
+        if call.rotary is None:
+            return None
+        query = call.query[here, :, -count:]
+        found.append(asked_again(query, keys, values, call.softmax, call.rotary.turned))
+    return _of_readers(found)
+
+
+def _tail(state: "LayerState", places: Places) -> tuple[Tensor, Tensor]:
+    here = indexer(places, state.device)
+    return state.tail.keys[here], state.tail.values[here]
+
+
+def _of_readers(found: list[Queries]) -> Queries:
+    """The queries of all layers that read the same keys as one group."""
     sinks = [one.sinks for one in found if one.sinks is not None]
     states = torch.cat([one.states for one in found], dim=2)
     return replace(found[0], states=states, sinks=torch.cat(sinks, dim=1) if sinks else None)

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvprofile.errors import KVProfileError
 from kvprofile.merging.softmax import Softmax
 from kvprofile.runtime.masks import MaskRecipe
+from kvprofile.runtime.rotary import Rotary, rotary_of
 
 MARK = "kvprofile_layer"
 
@@ -46,7 +47,8 @@ class AttentionCall:
     """One layer's attention as it happened: post-RoPE query, key and value, and how they were used.
 
     `query` is `(batch, heads, queries, head_dim)`, `key` and `value` `(batch, kv_heads, tokens, head_dim)`; for a merged
-    layer key and value are those of the unmerged tail. `options` are the keywords the model passed.
+    layer key and value are those of the unmerged tail. `options` are the keywords the model passed. rotary: how its queries
+    are turned on to later positions, where that is known.
     """
 
     module: torch.nn.Module | None
@@ -55,6 +57,7 @@ class AttentionCall:
     value: Tensor
     mask: Any
     options: dict[str, Any]
+    rotary: Rotary | None = None
 
     def remembered(self) -> "AttentionCall":
         """What was asked, without what belongs to the model."""
@@ -126,7 +129,7 @@ def attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         layer: AttendedLayer | None = getattr(key, MARK, None)
-        call = AttentionCall(module, query, key, value, attention_mask, options)
+        call = AttentionCall(module, query, key, value, attention_mask, options, rotary_of(module))
         if layer is not None:
             layer.check(call)
             own = layer.attend(call)

@@ -98,6 +98,11 @@ class LayerSetting:
         """How many of the newest queries themselves the layer's policies need."""
         return max((policy.queries for policy, _ in self.policies), default=0)
 
+    @cached_property
+    def again(self) -> bool:
+        """Whether the layer's policies need queries of all of the text, asked again after it."""
+        return any(policy.again for policy, _ in self.policies)
+
 
 @dataclass(frozen=True)
 class Settings:

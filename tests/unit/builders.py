@@ -17,13 +17,15 @@ from kvprofile.runtime.state import LayerState
 
 WINDOWS = (32, 128)
 GROUP, ASKED = 2, 12  # query heads of a KV head, and queries at hand
+AGAIN = 9  # queries asked again of every query head
 THRESHOLDS = [-1.0, 0.5, 0.8, 1.001]
 
 
 def random_tokens(seed, *, batch=1, heads=2, count=24, head_dim=4, value_dim=3, position=0, drift=1.0, newer=5):
     """Keys that walk through space, so that neighbours are alike; attention received that is never equal.
 
-    `newer` tokens have been seen after these. At the beginning of a text the newest queries are there too.
+    `newer` tokens have been seen after these. At the beginning of a text the newest queries are there too, and such as are
+    asked again.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randn(batch, heads, count, head_dim, generator=generator)
@@ -38,7 +40,12 @@ def random_tokens(seed, *, batch=1, heads=2, count=24, head_dim=4, value_dim=3, 
     unseen = torch.randn(batch, heads, newer, value_dim, generator=generator)
     query = torch.randn(batch, heads * GROUP, min(ASKED, count + newer), head_dim, generator=generator)
     queries = newest_queries(query, keys, values, Softmax(0.6), count=ASKED)
-    return replace(tokens, queries=replace(queries, keys=later, values=unseen))
+    again = torch.randn(batch, heads, GROUP, AGAIN, head_dim, generator=generator)
+    return replace(
+        tokens,
+        queries=replace(queries, keys=later, values=unseen),
+        again=replace(queries, states=again, keys=later, values=unseen),
+    )
 
 
 def build_profile(*, name="tiny", command="kvprofile calibrate tiny", policy="gauss", **changes):

@@ -66,6 +66,19 @@ def expected(head):
     ]
 
 
+def again(head):
+    lengths = [math.sqrt(sum(value**2)) for value in head.values]
+    if head.again is None:
+        return [one * length for one, length in zip(head.mean_attention(), lengths, strict=True)]
+    states, newer, _, sinks = head.again
+    received = [0.0] * len(head.keys)
+    for asked, sink in zip(states, sinks, strict=True):
+        for query in asked:
+            shares = softmax([*(query @ key for key in [*head.keys, *newer]), sink])
+            received = [one + share for one, share in zip(received, shares, strict=False)]
+    return [one * length for one, length in zip(received, lengths, strict=True)]
+
+
 def decayed(head):
     if head.queries is None:
         return head.mean_attention()
@@ -88,8 +101,8 @@ def affinity(name, head, seed):
         return [uniform(seed, 0, head.number, head.position + place) for place in range(len(head.keys))]
     if name in ("keydiff", "nested"):
         return {"keydiff": keydiff, "nested": nested}[name](head)
-    if name in ("expected", "decayed"):
-        worth = {"expected": expected, "decayed": decayed}[name](head)
+    if name in ("expected", "decayed", "again"):
+        worth = {"expected": expected, "decayed": decayed, "again": again}[name](head)
         return [-one * len(worth) / sum(worth) for one in worth]
     return None
 
@@ -190,3 +203,41 @@ def regressed(head, slots):
     if (left**2).sum() >= (errors**2).sum():
         return slots, margin
     return [(key, value + change[one], bias) for one, (key, value, bias) in enumerate(slots)], margin
+
+
+def matched(head, slots):
+    """The slots with Attention Matching's biases and values; and how clear it was that they help."""
+    if head.again is None or len(slots) == len(head.keys):
+        return slots, math.inf
+    states, newer_keys, newer_values, sinks = head.again
+    keys, values, bias = (np.array(part) for part in zip(*slots, strict=True))
+    rows = []
+    for asked, sink in zip(states, sinks, strict=True):
+        for query in asked:
+            old = [math.exp(query @ key) for key in head.keys]
+            new = [math.exp(query @ key) for key in newer_keys]
+            whole = sum(old) + sum(new) + math.exp(sink)
+            recent = (
+                sum((one * value for one, value in zip(new, newer_values, strict=True)), 0 * head.values[0]) / whole
+            )
+            output = sum(one * value for one, value in zip(old, head.values, strict=True)) / whole + recent
+            over = [math.exp(query @ key) / whole for key in keys]
+            rows.append((sum(old) / whole, recent, output, over))
+    mass, recent, wanted, over = (np.array(part) for part in zip(*rows, strict=True))
+
+    def solved(matrix, target):
+        return matrix.T @ np.linalg.inv(matrix @ matrix.T + 0.01 * np.eye(len(matrix))) @ target
+
+    def errors(weights, values):
+        total = weights.sum(1) + 1 - mass
+        return wanted - (recent + weights @ values) / total[:, None]
+
+    before = over * np.exp(bias)
+    raised = np.clip(solved(before, mass - before.sum(1)), -0.9, 9.0)
+    after = before * (1 + raised)
+    shares = after / (after.sum(1) + 1 - mass)[:, None]
+    changed = values + solved(shares, errors(after, values))
+    was, now = (errors(before, values) ** 2).sum(), (errors(after, changed) ** 2).sum()
+    if now >= was:
+        return slots, math.inf if was == now else (now - was) / was
+    return list(zip(keys, changed, bias + np.log1p(raised), strict=True)), (was - now) / was

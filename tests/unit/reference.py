@@ -79,7 +79,7 @@ class Head(NamedTuple):
     """The tokens of one head as float64 arrays; `windows` by the number of newest queries.
 
     number: which KV head of the layer it is. queries: the newest, times the scaling, `(group, queries, head_dim)`, keys and
-    values of the tokens newer than these, and the logit of each query head's sink.
+    values of the tokens newer than these, and the logit of each query head's sink. again: the same of queries asked again.
     """
 
     keys: Any
@@ -90,6 +90,7 @@ class Head(NamedTuple):
     seen: int
     number: int = 0
     queries: Any = None
+    again: Any = None
 
     def mean_attention(self):
         """Attention received, divided by the number of queries that could give it: the token's own and all later ones."""
@@ -100,13 +101,17 @@ def head_of(tokens, row, head):
     """One head of `Tokens`."""
     keys, values, mass = (part[row, head].double().numpy() for part in (tokens.keys, tokens.values, tokens.mass))
     windows = {size: received[row, head].double().numpy() for size, received in tokens.windows.items()}
-    queries = tokens.queries
-    if queries is not None:
+
+    def of_head(queries):
+        if queries is None:
+            return None
         sinks = [-math.inf] * queries.states.shape[2] if queries.sinks is None else queries.sinks[head].tolist()
         parts = (queries.states, queries.keys, queries.values)
-        queries = [*(part[row, head].double().numpy() for part in parts), sinks]
+        return [*(part[row, head].double().numpy() for part in parts), sinks]
+
     number = head if tokens.heads is None else tokens.heads[head]
-    return Head(keys, values, mass, windows, tokens.position, tokens.seen, number, queries)
+    asked = of_head(tokens.queries), of_head(tokens.again)
+    return Head(keys, values, mass, windows, tokens.position, tokens.seen, number, *asked)
 
 
 def merge_set(keys, values, members, mass, combination, *, pivot=None):
@@ -223,6 +228,9 @@ def merge_head(policy, head, lost, protected):
     slots, margin = _joined(policy, head, lost, protected)
     if policy.regression:
         slots, clear = field.regressed(head, slots)
+        margin = min(margin, clear)
+    if policy.matching:
+        slots, clear = field.matched(head, slots)
         margin = min(margin, clear)
     return slots, margin
 

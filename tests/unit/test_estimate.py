@@ -92,13 +92,13 @@ def test_the_estimate_grows_with_the_work(config):
 
 
 def test_every_policy_is_counted_by_what_it_does():
-    names = ("h2o", "gauss", "gather", "gather-mended")
+    names = ("h2o", "gauss", "gather", "gather-mended", "gather-matched", "again-matched")
     terms = measuring(SIZES, 1024, 100, names)
-    drop, merge, join, mend = (terms[f"damage of {name}"] for name in names)
+    drop, merge, join, mend, match, again = (terms[f"damage of {name}"] for name in names)
     # A merging policy attends to the slots of every budget anew, keys and values; a dropping one adds up values once.
     asked = sum(share if share <= MANY else share / EVERY for share in BUDGETS)
     assert merge.exact == pytest.approx(2 * asked * drop.exact)
-    assert merge.exact < join.exact == mend.exact
+    assert merge.exact < join.exact == mend.exact < match.exact == again.exact
     assert merge.launches < mend.launches
     assert {"prefill", "statistics", "probe", "gradients", "damage"} < set(terms)
     assert set(measuring(SIZES, 1024, 100, ())) == {"prefill", "statistics"}

@@ -337,7 +337,7 @@ def keys_of(values: dict[str, Any]) -> list[list[str | int]]:
 
 # The schema fills these in.
 _HAVE_DEFAULTS = (
-    *("schema_version", "regression", "seed", "window"),
+    *("schema_version", "regression", "matching", "seed", "window"),
     *("bytes", "codec", "predicted_bytes", "predicted_codec_damage", "key_codec", "value_codec", "codec_damage"),
 )
 _NEEDED = [place for place in keys_of(uniform_values(tiny_model())) if place[-1] not in _HAVE_DEFAULTS]

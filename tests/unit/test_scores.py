@@ -173,6 +173,7 @@ def test_affinities_look_only_at_what_they_should(name):
         "seen": replace(tokens, seen=77),
         "queries": replace(tokens, queries=replace(tokens.queries, states=tokens.queries.states.flip(3))),
         "newer": replace(tokens, queries=replace(tokens.queries, keys=tokens.queries.keys.flip(2))),
+        "again": replace(tokens, again=replace(tokens.again, states=2 * tokens.again.states)),
         "heads": replace(tokens, heads=(2, 1, 0)),
         "seed": replace(tokens, seed=1),
     }
@@ -189,21 +190,23 @@ def test_affinities_look_only_at_what_they_should(name):
         "nested": {"keys"},
         "expected": {"keys", "values", "queries"},
         "decayed": {"keys", "position", "seen", "queries", "newer"},
+        "again": {"keys", "values", "again"},
         "random": {"position", "heads", "seed"},
     }
     for part, other in changed.items():
         assert torch.equal(AFFINITIES[name](other), before) == (part not in read[name])
     # Without the queries, which are there only once, mass takes their place.
-    assert AFFINITIES[name].mass == bool(read[name] & {"mass", "queries"})
+    assert AFFINITIES[name].mass == bool(read[name] & {"mass", "queries", "again"})
     assert {AFFINITIES[name].window} - {None} == read[name] & {32, 128}
     assert bool(AFFINITIES[name].queries) == ("queries" in read[name])
+    assert AFFINITIES[name].again == ("again" in read[name])
     # The length of a key does not matter to the cosine, and every head stands for itself.
     if name == "cosine":
         torch.testing.assert_close(AFFINITIES[name](replace(tokens, keys=tokens.keys * 3)), before)
     assert torch.equal(AFFINITIES[name](tokens.of_heads([2, 0])), before[:, [2, 0]])
-    without = replace(tokens, mass=None, windows={}, queries=None).of_heads([1])
+    without = replace(tokens, mass=None, windows={}, queries=None, again=None).of_heads([1])
     assert (without.mass, without.windows, without.keys.shape) == (None, {}, (1, 1, 9, 4))
-    if read[name] & {"mass", "queries", 32, 128}:
+    if read[name] & {"mass", "queries", "again", 32, 128}:
         with pytest.raises(ValueError, match="needs attention received, and none was measured"):
             AFFINITIES[name](without)
 

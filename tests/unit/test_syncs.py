@@ -15,13 +15,15 @@ from tests.unit.builders import random_tokens
 
 def sent(tokens):
     """The tokens on the pretended device."""
-    queries = tokens.queries
-    if queries is not None:
-        parts = {name: getattr(queries, name).to("cuda") for name in ("states", "keys", "values")}
-        queries = replace(queries, **parts)
+
+    def asked(queries):
+        if queries is None:
+            return None
+        return replace(queries, **{name: getattr(queries, name).to("cuda") for name in ("states", "keys", "values")})
+
     parts = {name: getattr(tokens, name).to("cuda") for name in ("keys", "values", "mass")}
     windows = {size: received.to("cuda") for size, received in tokens.windows.items()}
-    return replace(tokens, **parts, windows=windows, queries=queries)
+    return replace(tokens, **parts, windows=windows, queries=asked(tokens.queries), again=asked(tokens.again))
 
 
 @pytest.mark.parametrize("position", [0, 50])

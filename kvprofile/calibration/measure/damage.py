@@ -24,7 +24,7 @@ from kvprofile.merging.merge import merge_tokens
 from kvprofile.merging.policies import Policy
 from kvprofile.merging.protect import protected_tokens
 from kvprofile.merging.slots import Slots
-from kvprofile.merging.tokens import Tokens
+from kvprofile.merging.tokens import Queries, Tokens
 
 BUDGETS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 MANY = 0.9  # beyond this share a merged head's damage is asked of few queries: most slots, for the least harm
@@ -143,16 +143,20 @@ def copies(part: Tokens, count: int) -> Tokens:
     def repeated(tensor: Tensor) -> Tensor:
         return tensor.expand(count, *tensor.shape[1:])
 
-    asked = part.queries
-    if asked is not None:
-        asked = replace(asked, states=repeated(asked.states), keys=repeated(asked.keys), values=repeated(asked.values))
+    def asked(queries: Queries | None) -> Queries | None:
+        if queries is None:
+            return None
+        states, keys, values = (repeated(each) for each in (queries.states, queries.keys, queries.values))
+        return replace(queries, states=states, keys=keys, values=values)
+
     return replace(
         part,
         keys=repeated(part.keys),
         values=repeated(part.values),
         mass=None if part.mass is None else repeated(part.mass),
         windows={size: repeated(received) for size, received in part.windows.items()},
-        queries=asked,
+        queries=asked(part.queries),
+        again=asked(part.again),
     )
 
 
