@@ -1,6 +1,12 @@
 """What holds in every test, with tiny models and with real ones."""
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from kvprofile.runtime.layer import MergedLayer
 from tests.unit.budgets import check_budget

@@ -12,12 +12,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvprofile.runtime.backends import triton_decode
 from tests.pretend_cuda.blocking import copy_waits
 from tests.pretend_cuda.kernel import varlen_attn
+from tests.pretend_cuda.launch import launch
 from tests.pretend_cuda.tensor import CPU, PretendTensor, device_of, inner_of
 
 DEVICES = 2
 CAPABILITY = (9, 0)
+MULTIPROCESSORS = 4
 # Built on the CPU from Python's numbers and then copied: torch waits for the copy.
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _MOVES = (Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type_as)
@@ -63,10 +66,12 @@ class PretendCuda(TorchFunctionMode):
     """Inside, `.to("cuda")` and `device="cuda:1"` make pretended tensors, and what they do is counted.
 
     syncs, launches: how often, by `"file:line what"`; the innermost line of kvprofile, or else of transformers or the test.
+    triton: whether it is to be had; its kernels then run in its interpreter, which takes a while.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, triton: bool = False) -> None:
         super().__init__()
+        self.triton = triton
         self.syncs: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self._fused = 0
@@ -90,6 +95,15 @@ class PretendCuda(TorchFunctionMode):
         self._patches.enter_context(mock.patch.object(PretendTensor, "watcher", self))
         self._patches.enter_context(mock.patch.object(torch, "Generator", _generator))
         self._patches.enter_context(mock.patch("torch.nn.attention.varlen.varlen_attn", varlen_attn))
+        self._patches.enter_context(
+            mock.patch.multiple(
+                triton_decode,
+                installed=lambda: self.triton,
+                trouble=lambda _device: None,
+                launch=launch,
+                _multiprocessors=lambda _device: MULTIPROCESSORS,
+            )
+        )
         pretended = {
             "is_available": lambda: True,
             "device_count": lambda: DEVICES,

@@ -78,6 +78,6 @@ def test_it_serves_where_it_is_asked_for_and_gives_what_the_others_give(name):
 def test_a_name_that_nobody_registered_is_refused_in_one_line():
     profile = uniform_values(tiny_model(), share=0.5)
     with pytest.raises(
-        UsageError, match=r"^unknown back end 'kernel'; expected one of varlen, .*, x-slot-by-slot, x-whole$"
+        UsageError, match=r"^unknown back end 'kernel'; expected one of triton, varlen, .*, x-slot-by-slot, x-whole$"
     ):
         KVMerger.from_profile(profile, backend="kernel")

@@ -13,7 +13,7 @@ from kvprofile.errors import KVProfileError, UsageError
 from kvprofile.merging.slots import Slots
 from kvprofile.runtime import join
 from kvprofile.runtime.attention import AttentionCall
-from kvprofile.runtime.backends import headwise, varlen
+from kvprofile.runtime.backends import headwise, triton_decode, varlen
 from kvprofile.runtime.backends.compiled.backend import missing
 from kvprofile.runtime.backends.contract import Facts, always
 from kvprofile.runtime.backends.table import BACKENDS, able, check_backend, serving
@@ -106,7 +106,7 @@ def packed_reference(query, held, query_ends, block_ends, lengths, *, scaling):
     for sequence, length in enumerate(lengths.tolist()):
         asked = slice(*query_ends[sequence : sequence + 2])
         begin, end = block_ends[sequence : sequence + 2].tolist()
-        assert 0 <= end - begin - length < SIZE
+        assert 0 <= length <= end - begin
         if length:
             old = slice(begin, begin + length)
             logits = query[asked].double() @ keys[old].double().T * scaling
@@ -119,6 +119,7 @@ def packed_reference(query, held, query_ends, block_ends, lengths, *, scaling):
 def _kernel(monkeypatch, request):
     if "gpu" not in request.keywords:
         monkeypatch.setattr(varlen, "packed_attention", packed_reference)
+        monkeypatch.setattr(triton_decode, "_multiprocessors", lambda _device: 4)
 
 
 def facts_of(call):
@@ -129,7 +130,8 @@ def facts_of(call):
 def shelved(call, slots, name=None):
     heads = list(range(len(slots.lengths)))
     with pytest.MonkeyPatch.context() as patch:
-        if name == "varlen" and call.key.device.type == "cpu":  # its kernel is replaced by a reference
+        # The one's kernel is replaced by a reference, the other's run in Triton's interpreter.
+        if name in ("varlen", "triton") and call.key.device.type == "cpu":
             patch.setitem(BACKENDS, name, replace(BACKENDS[name], unable=always))
         # Blocks so small that the few slots of these tests fill several and leave some half empty.
         shelf = empty_shelf(slots, facts_of(call), len(heads), SIZE, backend=name, mean=None, weighs=True)
@@ -138,7 +140,10 @@ def shelved(call, slots, name=None):
 
 
 COMPILED = pytest.param("compiled", marks=pytest.mark.skipif(missing() is not None, reason=str(missing())))
-NAMES = [COMPILED if name == "compiled" else name for name in BACKENDS]
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(not triton_decode.installed(), reason="triton is not installed")
+)
+NAMES = [{"compiled": COMPILED, "triton": TRITON}.get(name, name) for name in BACKENDS]
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -4.0])
 
 
@@ -178,7 +183,7 @@ def test_many_queries_a_few_at_a_time(monkeypatch, softcap):
     check("headwise", call, make_slots(call, [7, 30, 0, 12]), [3, 0])
 
 
-@pytest.mark.parametrize("name", [COMPILED, "blockwise", "headwise"])
+@pytest.mark.parametrize("name", [COMPILED, TRITON, "blockwise", "headwise"])
 def test_logits_so_large_that_they_would_overflow_unshifted(name):
     call = make_call(queries=3)
     call.query.mul_(80)
@@ -218,7 +223,7 @@ def test_the_first_that_is_able_serves_and_a_call_may_fall_to_the_next():
     with pytest.raises(KVProfileError, match=r"varlen cannot serve this layer: the kernel is CUDA's; ask for another"):
         able(facts_of(call), "varlen")
     with pytest.raises(
-        UsageError, match=r"unknown back end 'flashy'; expected one of varlen, compiled, blockwise, headwise$"
+        UsageError, match=r"unknown back end 'flashy'; expected one of triton, varlen, compiled, blockwise, headwise$"
     ):
         check_backend("flashy")
 
@@ -261,5 +266,6 @@ def test_heads_on_shelves_of_their_own(name):
 def test_on_a_gpu(softcap, sinks, padded, queries, dtype):
     call = make_call(queries=queries, dtype=dtype, device="cuda", softcap=softcap, sinks=SINKS if sinks else None)
     slots = make_slots(call, [7, 30, 0, 12])
-    for name in (None, "blockwise", "headwise"):
+    able_too = [name for name in ("triton", "varlen") if name in able(facts_of(call))]
+    for name in (None, *able_too, "blockwise", "headwise"):
         check(name, call, slots, [0, 4] if padded else None)

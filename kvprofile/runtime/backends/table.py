@@ -5,10 +5,12 @@ from kvprofile.runtime.backends.blockwise import FEW, blockwise_attention
 from kvprofile.runtime.backends.compiled.backend import attend_layer, attend_slots, unfit
 from kvprofile.runtime.backends.contract import Backend, Facts
 from kvprofile.runtime.backends.headwise import headwise_attention
+from kvprofile.runtime.backends.triton_decode import MOST_ASKED, triton_attention, triton_layer, unable
 from kvprofile.runtime.backends.varlen import unsuited, varlen_attention
 
 # In this order. One of your own is registered under a name that begins with `x-`, and serves where it is asked for.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend("Triton's kernels", triton_attention, unable, most=MOST_ASKED, whole=triton_layer),
     "varlen": Backend("CUDA's variable-length kernel", varlen_attention, unsuited, marked=True),
     "compiled": Backend("compiled code", attend_slots, unfit, most=FEW, whole=attend_layer),
     "blockwise": Backend("products over blocks", blockwise_attention, most=FEW),
@@ -45,6 +47,6 @@ def serving(names: list[str], queries: int) -> str:
 def explained(facts: Facts, queries: int) -> str:
     """Which back end serves, and why none before it does."""
     name = serving(able(facts), queries)
-    names = list(BACKENDS)
-    why = [reason for other in names[: names.index(name)] if (reason := BACKENDS[other].unable(facts)) is not None]
+    before = list(BACKENDS)[: list(BACKENDS).index(name)]
+    why = dict.fromkeys(reason for other in before if (reason := BACKENDS[other].unable(facts)) is not None)
     return BACKENDS[name].told + (f" ({'; '.join(why)})" if why else "")

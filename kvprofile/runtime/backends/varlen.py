@@ -1,9 +1,11 @@
 """CUDA, half precision: variable-length attention over the slots, every row and KV head a sequence of its own.
 
-The kernel takes no bias. Slots are therefore stored with `EXTRA` more key dimensions: two hold the bias, rounded and the
-rest, and the query has 1 / scaling there.
+The kernel takes no bias. It is given keys with `EXTRA` more dimensions: two hold the bias, rounded and the rest, and the query
+has 1 / scaling there. Where no other back end serves single tokens slots are stored so; else they are copied so for a call,
+which many queries share.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 EXTRA = 8  # the kernel takes head dimensions in steps of 8
 LARGEST = 256
+LEAST = -30_000.0  # a bias that all half precisions hold; where no slot is the kernel does not look
 
 
 def unsuited(facts: Facts) -> str | None:
@@ -49,16 +52,17 @@ def marked(keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def varlen_attention(asked: Asked, shelf: "Shelf") -> Pieces:
-    """See `contract.Backend`; the shelf's slots must be `marked`. Every head is a piece, those without slots too."""
+    """See `contract.Backend`. Every head is a piece, those without slots too."""
     rows, count, head_dim = asked.query.shape
     marks = asked.query.new_zeros(rows, count, EXTRA)
     marks[..., :2] = 1 / asked.softmax.scaling
-    device, held = asked.query.device, shelf.blocks.held
+    blocks = _with_marks(shelf)
+    device, held = asked.query.device, blocks.held
     output, total = packed_attention(
         torch.cat([asked.query, marks], dim=-1).flatten(0, 1),
-        shelf.blocks,
+        blocks,
         torch.arange(0, rows * count + 1, count, device=device, dtype=torch.int32),
-        shelf.blocks.ends,
+        blocks.ends,
         held,
         scaling=asked.softmax.scaling,
     )
@@ -66,6 +70,17 @@ def varlen_attention(asked: Asked, shelf: "Shelf") -> Pieces:
     # The kernel's log-sum-exp of nothing is +inf.
     total = torch.where(held[:, None, None] > 0, total.view(rows, count, 1), MASKED)
     return Pieces(output, total, torch.arange(rows, device=device))
+
+
+def _with_marks(shelf: "Shelf") -> Blocks:
+    """The shelf's blocks, marked for this call where they are not stored so."""
+    blocks = shelf.blocks
+    if blocks.keys[0].shape[-1] > shelf.facts.head_dim:
+        return blocks
+    bias = shelf.bias().flatten().clamp_min(LEAST)
+    parts = marked(blocks.keys[0].flatten(0, 1), blocks.values[0].flatten(0, 1), bias)
+    keys, values = (part.unflatten(0, (-1, blocks.size)) for part in parts)
+    return replace(blocks, keys=(keys,), values=(values,))
 
 
 def packed_attention(
