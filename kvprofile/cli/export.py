@@ -9,7 +9,7 @@ from kvprofile.cli.options import quiet_option
 from kvprofile.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="Write a PROFILE for other programs.")
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--to", "target", type=click.Choice(("kvpress", "vllm", "kvtuner")), required=True, help="The tool.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file to write.")

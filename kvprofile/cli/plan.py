@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvprofile.profile.profile import Profile
 
 
-@click.command()
+@click.command(short_help="Solve a PROFILE for another budget.")
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--budget", type=BUDGET, metavar="SHARE", help="Share of KV slots to keep.  [default: the profile's own]")
 @click.option("--bytes", "size", type=BYTES, metavar="SHARE", help=BYTES_HELP)
