@@ -17,6 +17,12 @@ from kvprofile.models.load import LoadedModel
 from kvprofile.models.offloading import input_device
 from kvprofile.profile.fingerprint import model_facts
 
+# Where the code that decides a measurement begins; kernels are imported late, where they can serve.
+READERS = (
+    "kvprofile.evaluate.bench",
+    "kvprofile.runtime.backends.compiled.kernel",
+    "kvprofile.runtime.backends.triton_kernels",
+)
 # Code that decides no measurement: what it makes (models, texts, plans, tasks' examples) is hashed itself.
 MAKERS = tuple(
     f"kvprofile.{name}"
@@ -132,7 +138,7 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
         "tokenizer": digest(loaded.tokenizer.chat_template, len(loaded.tokenizer)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": input_device(model).type,
-        "code": code_digest("kvprofile.evaluate.bench", but=MAKERS),
+        "code": code_digest(*READERS, but=MAKERS),
         "kvprofile": kvprofile.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -61,7 +61,7 @@ class AttentionCall:
 
     def remembered(self) -> "AttentionCall":
         """What was asked, without what belongs to the model."""
-        return AttentionCall(None, self.query, self.key, self.value, None, self.options)
+        return AttentionCall(None, self.query, self.key, self.value, None, self.options, self.rotary)
 
     @cached_property
     def softmax(self) -> Softmax:

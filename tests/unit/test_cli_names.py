@@ -12,7 +12,7 @@ from kvprofile import cli, names
 from kvprofile.calibration.probe_mix import ProbeMix
 from kvprofile.cli import options
 from kvprofile.merging.policies import POLICIES
-from kvprofile.planning import plans, rules
+from kvprofile.planning import objectives, rules
 from kvprofile.profile.schema import Plan
 
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "seaborn", "safetensors", "tokenizers"}
@@ -24,7 +24,7 @@ def test_every_policy_has_its_name_on_the_command_line():
 
 def test_every_way_to_spend_a_budget_has_its_flag():
     assert set(rules.PUBLISHED) < set(names.BUDGET_RULES)
-    assert tuple(plans.OBJECTIVES) == names.OBJECTIVES
+    assert tuple(objectives.OBJECTIVES) == names.OBJECTIVES
     for name, (choices, text) in options.PLAN_FLAGS.items():
         assert len(set(choices)) == len(choices)
         assert text.endswith(".")

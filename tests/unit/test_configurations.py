@@ -85,7 +85,8 @@ def test_offline_every_alias_is_the_published_model_and_one_line_says_where_it_i
 def test_a_bundled_configuration_is_the_model_that_profiles_were_made_for(name):
     made = json.loads(Path("profiles", f"{name}.json").read_text())["model"]
     facts = model_facts(AutoConfig.for_model(**bundled_configuration(name)))
-    assert {fact: made[fact] for fact in facts} == facts
+    assert facts.keys() - made.keys() <= {"window"}  # profiles made before windows were planned do not say it
+    assert {fact: made[fact] for fact in facts if fact in made} == {fact: facts[fact] for fact in facts if fact in made}
 
 
 def test_where_the_hub_answers_its_configuration_is_taken(monkeypatch):

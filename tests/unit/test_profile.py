@@ -588,7 +588,7 @@ def test_a_profile_of_version_1_is_read_without_loss_and_saved_as_version_2(name
 def _of_version_1(values):
     """The same values without what version 2 adds."""
     added = {"bytes", "codec", "predicted_bytes", "predicted_codec_damage", "codecs", "codec_policies", "codec_shares"}
-    added |= {"key_codec", "value_codec", "codec_damage", "window", "windows"}
+    added |= {"key_codec", "value_codec", "codec_damage", "window", "windows", "matching"}
     if isinstance(values, dict):
         kept = {name: _of_version_1(value) for name, value in values.items() if name not in added}
         return kept | ({"schema_version": 1} if "schema_version" in values else {})
