@@ -19,11 +19,10 @@ from kvprofile.errors import KVProfileError
 from kvprofile.models.context_length import ContextLengthWarning, beyond_context, longest_text
 from kvprofile.runtime.attachment import Attachment
 from kvprofile.runtime.layer import MergedLayer
+from kvprofile.runtime.own_layer import OwnLayer
 from kvprofile.runtime.settings import LayerSetting
 from kvprofile.runtime.window import PackedWindow
 from kvprofile.runtime.window_setting import WindowSetting
-
-OWN = (MergedLayer, PackedWindow)  # the layers that are not the stock cache's
 
 
 class MergedCache(Cache):
@@ -55,7 +54,7 @@ class MergedCache(Cache):
                 for index, (kind, keywords) in enumerate(zip(types, arguments, strict=True))
             ]
         )
-        self.merged = [layer for layer in self.layers if isinstance(layer, OWN)]
+        self.merged = [layer for layer in self.layers if isinstance(layer, OwnLayer)]
         # The ids `generate` passed last and the position of the first, where they are known to be what the rows hold.
         self.text: tuple[int, Tensor] | None = None
 
@@ -70,7 +69,7 @@ class MergedCache(Cache):
                 "with torch.compile of it"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, OWN):
+        if isinstance(layer, OwnLayer):
             # Layers are updated in turn: those before this one have seen this forward's tokens, those after have not. The
             # first to be updated must find all of them level, or an earlier forward did not come to its end.
             place = self.merged.index(layer)
@@ -142,7 +141,7 @@ class MergedCache(Cache):
         self.text = None
         rows = beam_idx.cpu()
         for layer in self.layers:
-            layer.reorder_cache(rows if isinstance(layer, OWN) else beam_idx)
+            layer.reorder_cache(rows if isinstance(layer, OwnLayer) else beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
@@ -166,7 +165,7 @@ class MergedCache(Cache):
         before, and none of its layers has a share of 1 everywhere. It stays as it is. Raises KVProfileError if it has merged.
         """
         for index, (own, other) in enumerate(zip(self.layers, recorded.layers, strict=True)):
-            if isinstance(own, OWN):
+            if isinstance(own, OwnLayer):
                 own.adopt(other)
             else:
                 self.layers[index] = copy.deepcopy(other)
@@ -175,7 +174,7 @@ class MergedCache(Cache):
         """Slots stored now: per layer, per batch row, per KV head; stock layers count what they hold."""
         return [
             layer.lengths()
-            if isinstance(layer, OWN)
+            if isinstance(layer, OwnLayer)
             else [[layer.keys.shape[2]] * layer.keys.shape[1]] * layer.keys.shape[0]
             if getattr(layer, "keys", None) is not None
             else []
@@ -184,7 +183,7 @@ class MergedCache(Cache):
 
     def backends(self) -> list[list[str]]:
         """Which back ends serve the next single token: per layer, one for each shelf; `stock` where there is none."""
-        return [layer.backends() if isinstance(layer, OWN) else ["stock"] for layer in self.layers]
+        return [layer.backends() if isinstance(layer, OwnLayer) else ["stock"] for layer in self.layers]
 
     def nbytes(self) -> int:
         """Bytes really allocated: keys, values and every side tensor, slack included."""
@@ -208,7 +207,7 @@ def allocated_bytes(cache: Cache) -> int:
     tensors = [
         tensor
         for layer in cache.layers
-        for tensor in (layer.tensors() if isinstance(layer, OWN) else _tensors(vars(layer)))
+        for tensor in (layer.tensors() if isinstance(layer, OwnLayer) else _tensors(vars(layer)))
     ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

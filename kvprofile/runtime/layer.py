@@ -2,53 +2,31 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvprofile.errors import KVProfileError
-from kvprofile.runtime.attachment import Attachment
-from kvprofile.runtime.attention import MARK, AttentionCall
+from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.masks import LogicalLength
+from kvprofile.runtime.own_layer import OwnLayer
 from kvprofile.runtime.settings import LayerSetting
 from kvprofile.runtime.state import LayerState
-from kvprofile.runtime.turns import Turns
+from kvprofile.runtime.tail import Tail
 
 
-class MergedLayer(CacheLayerMixin):
+class MergedLayer(OwnLayer):
     """One full-attention layer's cache; state: what it holds, None until the first keys come."""
 
     is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, setting: LayerSetting, index: int, attachment: Attachment) -> None:
-        # Not the mixin's: it sets `keys` and `values`, which are the state's here.
-        self.setting = setting
-        self.index = index
-        self.attachment = attachment
-        self.reset()
+    setting: LayerSetting
 
     def reset(self) -> None:
         """Forget everything."""
+        super().reset()
         self.state: LayerState | None = None
-        self.turns = Turns(len(self.attachment.readers[self.index]))
-        # transformers' name: while it is set, tokens of the newest forward may be taken back by `crop`.
-        self.record_past = False
 
-    @property
-    def is_initialized(self) -> bool:
-        """True once keys have come."""
-        return self.state is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The tail's, `(batch, kv_heads, tail, head_dim)`."""
-        return None if self.state is None else self.state.tail.keys
-
-    @property
-    def values(self) -> Tensor | None:
-        """The tail's, `(batch, kv_heads, tail, value_dim)`."""
-        return None if self.state is None else self.state.tail.values
+    def newest(self) -> Tail | None:
+        """The unmerged tokens; None until the first keys come."""
+        return None if self.state is None else self.state.tail
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn batch size, heads, dtype and device from the first keys."""
@@ -59,14 +37,11 @@ class MergedLayer(CacheLayerMixin):
         if self.state is None:
             self.state = LayerState(self.setting, key_states, value_states)
         keys, values = self.state.append(key_states, value_states)
-        setattr(keys, MARK, self)
-        self.turns.begin()
-        return keys, values
+        return self.marked(keys), values
 
     def check(self, call: AttentionCall) -> None:
         """Raise KVProfileError where attending to the layer would silently give wrong numbers."""
-        self.turns.check(call.module, self.attachment.readers[self.index], self.index)
-        call.check_gradients()
+        super().check(call)
         if not self.setting.keeps_all and self.state is not None:
             call.check_supported()
             self.state.see_padding(call.mask.padding(), call.query.shape[2])
@@ -120,35 +95,14 @@ class MergedLayer(CacheLayerMixin):
         if self.state is not None:
             self.state.select(indices.tolist(), indices.to(self.state.device, non_blocking=True))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch row `repeats` times."""
-        if self.state is not None:
-            self.batch_select_indices(torch.arange(len(self.state.rows)).repeat_interleave(repeats))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
-        self.batch_select_indices(beam_idx)
-
-    def activate_past_recording(self) -> None:
-        """Merge nothing of a forward until `crop` has said how many of its tokens stay (assisted decoding)."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens, as transformers passes it.
+    def take_back(self, tokens: int) -> None:
+        """Take back the newest tokens.
 
         While the past is recorded this leaves no trace. Raises KVProfileError where some of them have been merged.
         """
-        if tokens_to_remove > 0:
-            raise KVProfileError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        if self.state is not None:
-            self.state.crop(-tokens_to_remove)
+        assert self.state is not None  # `crop` asks first
+        self.state.crop(tokens)
 
     def adopt(self, recorded: "MergedLayer") -> None:
         """Hold what `recorded` has read in one forward with its past recorded, as this layer's setting keeps it."""
         self.state = None if recorded.state is None else recorded.state.adopted(self.setting)
-
-    def offload(self) -> None:
-        """Refuse: offloading is not supported."""
-        raise KVProfileError("a merged cache cannot be offloaded; keep it on the model's device")
-
-    prefetch = offload

@@ -8,26 +8,24 @@ after.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprofile.errors import KVProfileError
 from kvprofile.profile.measured_arrays import UNCENTRED
-from kvprofile.runtime.attachment import Attachment
-from kvprofile.runtime.attention import MARK, AttentionCall
+from kvprofile.runtime.attention import AttentionCall
 from kvprofile.runtime.block_size import RECENT
+from kvprofile.runtime.own_layer import OwnLayer
 from kvprofile.runtime.packed_window import PackedHeads, tensors_of
 from kvprofile.runtime.settings import CHUNK
 from kvprofile.runtime.tail import Tail
-from kvprofile.runtime.turns import Turns
 from kvprofile.runtime.window_attention import window_attention
 from kvprofile.runtime.window_setting import WindowSetting
 
 SLACK = 8  # columns of the tail: those of 32 tokens would be much of a short window
 
 
-class PackedWindow(CacheLayerMixin):
+class PackedWindow(OwnLayer):
     """One sliding layer's cache.
 
     seen: tokens, padding included. tail: the newest tokens, None until the first keys come; packed: those before them.
@@ -35,38 +33,18 @@ class PackedWindow(CacheLayerMixin):
 
     is_sliding = True
     is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, setting: WindowSetting, index: int, attachment: Attachment) -> None:
-        # Not the mixin's: it sets `keys` and `values`, which are the tail's here.
-        self.setting = setting
-        self.index = index
-        self.attachment = attachment
-        self.reset()
+    setting: WindowSetting
 
     def reset(self) -> None:
         """Forget everything."""
+        super().reset()
         self.seen = 0
         self.tail: Tail | None = None
         self.packed: list[PackedHeads] = []
-        self.turns = Turns(len(self.attachment.readers[self.index]))
-        # transformers' name: while it is set, tokens of the newest forward may be taken back by `crop`.
-        self.record_past = False
 
-    @property
-    def is_initialized(self) -> bool:
-        """True once keys have come."""
-        return self.tail is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The tail's, `(batch, kv_heads, tail, head_dim)`."""
-        return None if self.tail is None else self.tail.keys
-
-    @property
-    def values(self) -> Tensor | None:
-        """The tail's, `(batch, kv_heads, tail, value_dim)`."""
-        return None if self.tail is None else self.tail.values
+    def newest(self) -> Tail | None:
+        """The tokens that are not packed; None until the first keys come."""
+        return self.tail
 
     @property
     def stored(self) -> int:
@@ -105,14 +83,11 @@ class PackedWindow(CacheLayerMixin):
         self.seen += key_states.shape[2]
         self.shown = max(0, shown - tail.tokens)
         keys, values = (part[:, :, -shown:] for part in (tail.keys, tail.values))
-        setattr(keys, MARK, self)
-        self.turns.begin()
-        return keys, values
+        return self.marked(keys), values
 
     def check(self, call: AttentionCall) -> None:
         """Raise KVProfileError where attending to the layer would silently give wrong numbers."""
-        self.turns.check(call.module, self.attachment.readers[self.index], self.index)
-        call.check_gradients()
+        super().check(call)
         call.check_inference()
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, None] | None:
@@ -181,41 +156,19 @@ class PackedWindow(CacheLayerMixin):
             for part in self.packed:
                 part.select(indices)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch row `repeats` times."""
-        if self.tail is not None:
-            self.batch_select_indices(torch.arange(len(self.tail.keys)).repeat_interleave(repeats))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
-        self.batch_select_indices(beam_idx)
-
-    def activate_past_recording(self) -> None:
-        """Pack nothing and let nothing go until `crop` has said how many of the newest tokens stay (assisted decoding)."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens, as transformers passes it.
+    def take_back(self, tokens: int) -> None:
+        """Take back the newest tokens.
 
         Raises KVProfileError where some of them are packed, or what the window would show again is gone.
         """
-        if tokens_to_remove > 0:
-            raise KVProfileError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        if self.tail is None:
-            return
-        removed, tail = -tokens_to_remove, self.tail
-        left = min(self.seen - removed, self.setting.window - 1)
-        if removed > tail.tokens or self.stored + tail.tokens - removed < left:
+        tail = self.tail
+        assert tail is not None  # `crop` asks first
+        left = min(self.seen - tokens, self.setting.window - 1)
+        if tokens > tail.tokens or self.stored + tail.tokens - tokens < left:
             raise KVProfileError(
-                f"cannot take back {removed} tokens of layer {self.index}: those before them are packed, or have left its "
+                f"cannot take back {tokens} tokens of layer {self.index}: those before them are packed, or have left its "
                 f"window of {self.setting.window}; start with a new merger.cache() and read the shorter text"
             )
-        tail.take_back(removed)
-        self.seen -= removed
+        tail.take_back(tokens)
+        self.seen -= tokens
         self._settle()
-
-    def offload(self) -> None:
-        """Refuse: offloading is not supported."""
-        raise KVProfileError("a merged cache cannot be offloaded; keep it on the model's device")
-
-    prefetch = offload

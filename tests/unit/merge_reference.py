@@ -329,6 +329,11 @@ def reference_logits(
         output = layers[sources[module.layer_idx]].attend(*arrays, scaling=scaling, softcap=softcap, sinks=sinks)
         return torch.from_numpy(output).to(query.dtype)[None].transpose(1, 2), None
 
+    return read_by(attention, model, text, cuts), layers
+
+
+def read_by(attention: Callable[..., Any], model: PreTrainedModel, text: Tensor, cuts: list[int]) -> Tensor:
+    """Logits of the text in `pieces`, with the model's attention done by a function that remembers what came before."""
     own = model.config._attn_implementation
     AttentionInterface.register("float64_reference", attention)
     model.set_attn_implementation("float64_reference")
@@ -339,7 +344,7 @@ def reference_logits(
         ]
     finally:
         model.set_attn_implementation(own)
-    return torch.cat(logits, dim=1), layers
+    return torch.cat(logits, dim=1)
 
 
 def key_sources(model: PreTrainedModel) -> list[int]:
@@ -361,6 +366,23 @@ def oldest_visible(config: Any, kind: str) -> Callable[[int], int] | None:
 def pieces(text: Tensor, cuts: list[int]) -> list[tuple[int, int]]:
     """The text in pieces that end at `cuts`, then token by token."""
     return list(itertools.pairwise([0, *cuts, *range(cuts[-1] + 1, text.shape[1] + 1)]))
+
+
+def read_padded(
+    model: PreTrainedModel, cache: Cache, text: Tensor, padding: list[int], steps: list[tuple[int, int]]
+) -> list[Tensor]:
+    """Logits after every step, of rows whose first `padding` tokens are none of their text; what all have is left out."""
+    mask = (torch.arange(text.shape[1]) >= torch.tensor(padding)[:, None]).long()
+    places, first = (mask.cumsum(-1) - 1).clamp_min(0), min(padding)
+    return [
+        model(
+            text[:, max(low, first) : high],
+            attention_mask=mask[:, first:high],
+            position_ids=places[:, max(low, first) : high],
+            past_key_values=cache,
+        ).logits[:, -1]
+        for low, high in steps
+    ]
 
 
 def read(model: PreTrainedModel, cache: Cache, text: Tensor, cuts: list[int]) -> Tensor:

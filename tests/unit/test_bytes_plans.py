@@ -43,8 +43,8 @@ def coded_profile(head_dim=64):
     )
 
 
-def planned(amount=None, *, seed=0, **choices):
-    profile = coded_profile()
+def planned(amount=None, *, seed=0, profile=None, measured=None, **choices):
+    profile = profile or coded_profile()
     return make_plan(
         profile.model,
         profile.policies,
@@ -52,7 +52,7 @@ def planned(amount=None, *, seed=0, **choices):
         damage_of(seed) * 1e-2,
         bytes=amount,
         tokens=TOKENS,
-        measured=codec_arrays(seed),
+        measured=codec_arrays(seed) if measured is None else measured,
         **choices,
     )
 

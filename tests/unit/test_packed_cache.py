@@ -17,7 +17,7 @@ from kvprofile.profile.storage import profile_of
 from kvprofile.runtime.backends import blockwise
 from tests.unit.architectures import build
 from tests.unit.builders import slots_in
-from tests.unit.merge_reference import read, reference_logits, relative_error
+from tests.unit.merge_reference import read, read_padded, reference_logits, relative_error
 from tests.unit.tiny_models import head, profile_values, tiny_model, tiny_text
 
 PROMPT, DECODED = 80, 36  # long enough that the tail is packed again
@@ -107,25 +107,11 @@ def test_every_row_of_a_padded_batch_is_what_it_would_be_alone(dtype):
     )
     # A policy that goes by age alone: no rounding makes it choose otherwise.
     merger = attached(model, [head("streaming", share=0.5, codecs=("int8", "int4")), head("streaming", codecs=INT8)])
-    mask = torch.ones_like(text)
-    mask[1, :20], mask[2, :51] = 0, 0
-    places = (mask.cumsum(-1) - 1).clamp_min(0)
-
-    def run(rows, padding, cache):
-        return [
-            model(
-                text[rows, low + padding * (not low) : high],
-                attention_mask=mask[rows, padding:high],
-                position_ids=places[rows, low + padding * (not low) : high],
-                past_key_values=cache,
-            ).logits[:, -1]
-            for low, high in steps
-        ]
-
+    paddings = [0, 20, 51]
     caches = [merger.cache() for _ in range(4)]
-    together = run(slice(None), 0, caches[0])
-    for row, padding in enumerate((0, 20, 51)):
-        alone = run(slice(row, row + 1), padding, caches[row + 1])
+    together = read_padded(model, caches[0], text, paddings, steps)
+    for row, padding in enumerate(paddings):
+        alone = read_padded(model, caches[row + 1], text[row : row + 1], [padding], steps)
         for found, own in zip(together, alone, strict=True):
             assert relative_error(found[row : row + 1], own) < (1e-3 if dtype == torch.float32 else 0.05)
         assert [layer[row] for layer in caches[0].slots()] == [layer[0] for layer in caches[row + 1].slots()]

@@ -15,7 +15,7 @@ from kvprofile.runtime.block_size import RECENT
 from kvprofile.runtime.window import PackedWindow
 from tests.pretend_cuda import on_cuda, over_two
 from tests.unit.architectures import build
-from tests.unit.merge_reference import pieces, read, relative_error
+from tests.unit.merge_reference import pieces, read, read_padded, relative_error
 from tests.unit.test_runtime_cuda import check_budget, forwards, padded
 from tests.unit.tiny_models import tiny_model, tiny_text
 from tests.unit.window_reference import means_of, window_logits, windowed_values
@@ -86,26 +86,13 @@ def test_sixteen_bits_are_nearly_the_stock_cache(name):
 @torch.no_grad()
 def test_every_row_of_a_padded_batch_is_what_it_would_be_alone(dtype):
     model = build("Gemma 3", **SIZED["Gemma 3"]).to(dtype)
-    text, mask = tiny_text(190, batch=3), torch.ones(3, 190, dtype=torch.long)
-    mask[1, :20], mask[2, :51] = 0, 0
-    places, steps = (mask.cumsum(-1) - 1).clamp_min(0), [(0, 130), *((at, at + 1) for at in range(130, 190))]
+    text, paddings = tiny_text(190, batch=3), [0, 20, 51]
+    steps = [(0, 130), *((at, at + 1) for at in range(130, 190))]
     merger = merger_of(model, share=0.5).attach(model)
-
-    def run(rows, padding):
-        cache = merger.cache()
-        return [
-            model(
-                text[rows, low + padding * (not low) : high],
-                attention_mask=mask[rows, padding:high],
-                position_ids=places[rows, low + padding * (not low) : high],
-                past_key_values=cache,
-            ).logits[:, -1]
-            for low, high in steps
-        ]
-
-    together = run(slice(None), 0)
-    for row, padding in enumerate((0, 20, 51)):
-        for found, own in zip(together, run(slice(row, row + 1), padding), strict=True):
+    together = read_padded(model, merger.cache(), text, paddings, steps)
+    for row, padding in enumerate(paddings):
+        alone = read_padded(model, merger.cache(), text[row : row + 1], [padding], steps)
+        for found, own in zip(together, alone, strict=True):
             assert relative_error(found[row : row + 1], own) < (1e-3 if dtype == torch.float32 else 0.08)
     merger.detach()
 

@@ -50,6 +50,12 @@ BUDGETS = [
 PLAN = "budget => kvprofile.replan(budget)"
 SET = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})); }"
 
+# By layer and head: what is written in a figure's cells, and their colours.
+TEXTS = """figure => Object.fromEntries([...document.querySelectorAll(`#figure-0-${figure} .wide [data-label]`)]
+  .map(label => [label.dataset.label, label.textContent.trim()]))"""
+FILLS = """figure => Object.fromEntries([...document.querySelectorAll(`#figure-0-${figure} .wide [data-cell]`)]
+  .map(cell => [cell.dataset.cell, getComputedStyle(cell.firstElementChild).fill]))"""
+
 
 def no_figures(_subject, width, _policies):
     """Figures take most of a report's time."""
@@ -149,12 +155,8 @@ def test_its_predicted_damage_is_python_s_to_a_millionth(browser, report):
 def test_the_slider_paints_the_plan_and_its_command_makes_the_same_one(browser, report, tmp_path, monkeypatch):
     path, subject = report
     saved = subject.profile.plan
-    cells = """figure => Object.fromEntries([...document.querySelectorAll(`#figure-0-${figure} .wide [data-label]`)]
-      .map(label => [label.dataset.label, label.textContent.trim()]))"""
-    fills = """() => Object.fromEntries([...document.querySelectorAll('#figure-0-slots .wide [data-cell]')]
-      .map(cell => [cell.dataset.cell, getComputedStyle(cell.firstElementChild).fill]))"""
     with opened(browser, path) as page:
-        before = page.evaluate(cells, "slots"), page.evaluate(fills)
+        before = page.evaluate(TEXTS, "slots"), page.evaluate(FILLS, "slots")
         page.focus("#budget")
         for _ in range(50):
             page.keyboard.press("ArrowLeft")
@@ -166,7 +168,7 @@ def test_the_slider_paints_the_plan_and_its_command_makes_the_same_one(browser, 
         assert command[0] == "kvprofile"
         assert run(*command[1:]).exit_code == 0
         plan = load_profile(command[-1]).plan
-        shares, names = page.evaluate(cells, "slots"), page.evaluate(cells, "policies")
+        shares, names = page.evaluate(TEXTS, "slots"), page.evaluate(TEXTS, "policies")
         letters = {name: letter for letter, name in LEGEND.findall(page.inner_text("#figure-0-policies .wide"))}
         for layer in plan.layers:
             for index, head in enumerate(layer.heads):
@@ -176,10 +178,10 @@ def test_the_slider_paints_the_plan_and_its_command_makes_the_same_one(browser, 
         assert f"{number(plan.predicted_damage / saved.predicted_damage)} × the saved" in page.inner_text(
             "#answer-factor"
         )
-        assert page.evaluate(fills) != before[1]
+        assert page.evaluate(FILLS, "slots") != before[1]
         page.click("#reset")
         assert page.inner_text("#budget-value") == "50.0%"
-        assert (page.evaluate(cells, "slots"), page.evaluate(fills)) == before
+        assert (page.evaluate(TEXTS, "slots"), page.evaluate(FILLS, "slots")) == before
 
 
 LEGEND = re.compile(r"([A-Z])\s+([\w-]+) \(\d+\)")
@@ -219,17 +221,13 @@ def test_a_plan_for_bytes_has_python_s_plans_at_hand(browser, in_bytes):
 
 def test_the_slider_of_bytes_paints_slots_bits_and_policies(browser, in_bytes, tmp_path, monkeypatch):
     path, subject = in_bytes
-    texts = """figure => Object.fromEntries([...document.querySelectorAll(`#figure-0-${figure} .wide [data-label]`)]
-      .map(label => [label.dataset.label, label.textContent.trim()]))"""
-    fills = """() => Object.fromEntries([...document.querySelectorAll('#figure-0-bits .wide [data-cell]')]
-      .map(cell => [cell.dataset.cell, getComputedStyle(cell.firstElementChild).fill]))"""
     with opened(browser, path) as page:
-        drawn = page.evaluate(texts, "bits"), page.evaluate(fills)
+        drawn = page.evaluate(TEXTS, "bits"), page.evaluate(FILLS, "bits")
         page.focus("#budget")
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("ArrowRight")  # the plan's own bytes, painted by the script instead of by matplotlib
         assert page.inner_text("#budget-value") == "25.0%"
-        assert (page.evaluate(texts, "bits"), page.evaluate(fills)) == drawn
+        assert (page.evaluate(TEXTS, "bits"), page.evaluate(FILLS, "bits")) == drawn
         assert page.inner_text("#answer-kept") == f"{subject.profile.plan.predicted_ratio:.1%}"
         while page.inner_text("#budget-value") != "10.0%":
             page.keyboard.press("ArrowLeft")
@@ -241,14 +239,14 @@ def test_the_slider_of_bytes_paints_slots_bits_and_policies(browser, in_bytes, t
         Path("smollm2-135m.safetensors").write_bytes((PROFILES / "smollm2-135m.safetensors").read_bytes())
         assert run(*command[1:]).exit_code == 0
         plan = load_profile(command[-1]).plan
-        bits = page.evaluate(texts, "bits")
+        bits = page.evaluate(TEXTS, "bits")
         for layer in plan.layers:
             for index, head in enumerate(layer.heads):
                 assert bits[f"{layer.layer}-{index}"] == bits_of_pair(head.key_codec, head.value_codec)
         assert page.inner_text("#answer-damage") == number(plan.predicted_damage)
         assert page.inner_text("#answer-judgement").startswith("not worth it: more than 0.01 nats")
         page.click("#reset")
-        assert (page.evaluate(texts, "bits"), page.evaluate(fills)) == drawn
+        assert (page.evaluate(TEXTS, "bits"), page.evaluate(FILLS, "bits")) == drawn
 
 
 def test_the_judgement_follows_the_slider(browser, written):

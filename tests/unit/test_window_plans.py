@@ -14,6 +14,7 @@ from kvprofile.errors import KVProfileError, MismatchError, UsageError
 from kvprofile.planning.plans import make_plan
 from kvprofile.profile.profile import Profile
 from kvprofile.profile.schema import LayerPlan
+from tests.unit import test_bytes_plans
 from tests.unit.conftest import run, save_tiny_model
 from tests.unit.reference import PROPERTY
 from tests.unit.test_bytes_plans import STORED, bytes_of, codec_arrays, coded_profile
@@ -50,16 +51,8 @@ def arrays_of(seed):
 
 
 def planned(amount=None, *, seed=0, profile=None, **choices):
-    profile = profile or windowed()
-    return make_plan(
-        profile.model,
-        profile.policies,
-        profile.statistics,
-        damage_of(seed) * 1e-2,
-        bytes=amount,
-        tokens=TOKENS,
-        measured=arrays_of(seed),
-        **choices,
+    return test_bytes_plans.planned(
+        amount, seed=seed, profile=profile or windowed(), measured=arrays_of(seed), **choices
     )
 
 

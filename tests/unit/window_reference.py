@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvprofile.codecs.rotation import turn_back
 from kvprofile.codecs.table import CODECS
 from kvprofile.profile.fingerprint import model_facts
-from tests.unit.merge_reference import key_sources, oldest_visible, pieces
+from tests.unit.merge_reference import key_sources, oldest_visible, read_by
 from tests.unit.tiny_models import uniform_values
 
 Pair = tuple[str, str]
@@ -101,14 +101,4 @@ def window_logits(model: PreTrainedModel, pairs: Sequence[Pair], text: Tensor, c
         output = layers[module.layer_idx].attend(*arrays, scaling=scaling, softcap=softcap, sinks=sinks)
         return torch.from_numpy(output).to(query.dtype)[None].transpose(1, 2), None
 
-    own = model.config._attn_implementation
-    AttentionInterface.register("float64_window", attention)
-    model.set_attn_implementation("float64_window")
-    try:
-        logits = [
-            model(text[:, low:high], position_ids=torch.arange(low, high)[None], use_cache=False).logits
-            for low, high in pieces(text, cuts)
-        ]
-    finally:
-        model.set_attn_implementation(own)
-    return torch.cat(logits, dim=1)
+    return read_by(attention, model, text, cuts)

@@ -8,7 +8,6 @@ another, so that damages add up.
 """
 
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvprofile.calibration.measure.damage import copies, padded, rows, together
-from kvprofile.calibration.measure.moments import Moments
+from kvprofile.calibration.measure.keys_and_values import KeysAndValues
 from kvprofile.calibration.measure.probed import Probed, Reading
 from kvprofile.calibration.probe_mix import KINDS
 from kvprofile.codecs.rotation import turn_back
@@ -29,11 +28,13 @@ SHARES = (0.1, 0.3, 1.0)
 WORST = 1e6  # nats
 
 
-class CodecDamage:
+class CodecDamage(KeysAndValues):
     """Mean over samples of the damage of storing keys, and values, in nats per token.
 
-    `(layers, 2, policies, kv_heads, shares, codecs, kinds)`: keys, then values.
+    `(layers, policies, kv_heads, shares, codecs, kinds)` each.
     """
+
+    name = "codec_damage"
 
     def __init__(
         self,
@@ -44,26 +45,12 @@ class CodecDamage:
         codecs: Sequence[str],
     ) -> None:
         self.policies, self.kinds, self.codecs = tuple(policies), tuple(kinds), tuple(codecs)
-        self.shape = (2, len(self.policies), kv_heads, len(SHARES), len(self.codecs), len(self.kinds))
-        self.moments = Moments(layers, self.shape)
+        super().__init__(layers, (len(self.policies), kv_heads, len(SHARES), len(self.codecs), len(self.kinds)))
 
     def update(self, layer: int, reading: Reading) -> None:
         """Add one sample's layer."""
         policies, codecs = [policy for _, policy in self.policies], [CODECS[name] for name in self.codecs]
         self.moments.update(layer, codec_damage(reading, policies, self.kinds, codecs))
-
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        """The arrays that hold all that was seen, by name: what is kept on disk."""
-        return self.moments.state()
-
-    def merge(self, other: Self) -> None:
-        """Add all that `other` has seen."""
-        self.moments.merge(other.moments)
-
-    def finish(self) -> dict[str, NDArray[np.generic]]:
-        """`key_codec_damage`, `value_codec_damage`: `(layers, policies, kv_heads, shares, codecs, kinds)`."""
-        keys, values = self.moments.mean.astype(np.float32).swapaxes(0, 1)
-        return {"key_codec_damage": keys, "value_codec_damage": values}
 
 
 def codec_damage(

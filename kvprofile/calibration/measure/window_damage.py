@@ -8,7 +8,6 @@ read in one piece, as in a check, that is more than happens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvprofile.calibration.measure.codec_damage import WORST, stored
-from kvprofile.calibration.measure.moments import Moments
+from kvprofile.calibration.measure.keys_and_values import KeysAndValues
 from kvprofile.calibration.measure.weighing import Weighing
 from kvprofile.calibration.probe_mix import KINDS
 from kvprofile.codecs.codec import Codec
@@ -67,16 +66,17 @@ def window_reading(
     return WindowReading(keys[:, -shown:], values[:, -shown:], mean, call, seen, gradients, kind, few)
 
 
-class WindowDamage:
+class WindowDamage(KeysAndValues):
     """Mean over samples of the damage of storing keys, and values, in nats per token.
 
-    `(layers, 2, kv_heads, codecs, kinds)`: keys, then values.
+    `(layers, kv_heads, codecs, kinds)` each.
     """
+
+    name = "window_damage"
 
     def __init__(self, layers: int, kv_heads: int, kinds: Sequence[str], codecs: Sequence[str]) -> None:
         self.kinds, self.codecs = tuple(kinds), tuple(codecs)
-        self.shape = (2, kv_heads, len(self.codecs), len(self.kinds))
-        self.moments = Moments(layers, self.shape)
+        super().__init__(layers, (kv_heads, len(self.codecs), len(self.kinds)))
 
     def update(self, layer: int, reading: WindowReading) -> None:
         """Add one sample's layer. One whose heads are not as many as the model's is as bad as can be: it stays as it is."""
@@ -84,19 +84,6 @@ class WindowDamage:
             self.moments.update(layer, np.full(self.shape, WORST))
             return
         self.moments.update(layer, window_damage(reading, self.kinds, [CODECS[name] for name in self.codecs]))
-
-    def state(self) -> dict[str, NDArray[np.generic]]:
-        """The arrays that hold all that was seen, by name: what is kept on disk."""
-        return self.moments.state()
-
-    def merge(self, other: Self) -> None:
-        """Add all that `other` has seen."""
-        self.moments.merge(other.moments)
-
-    def finish(self) -> dict[str, NDArray[np.generic]]:
-        """`key_window_damage`, `value_window_damage`: `(layers, kv_heads, codecs, kinds)`."""
-        keys, values = self.moments.mean.astype(np.float32).swapaxes(0, 1)
-        return {"key_window_damage": keys, "value_window_damage": values}
 
 
 def window_damage(reading: WindowReading, kinds: Sequence[str], codecs: Sequence[Codec]) -> NDArray[np.float64]:
