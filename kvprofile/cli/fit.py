@@ -10,6 +10,7 @@ import click
 from kvprofile.cli.common import log_of
 from kvprofile.cli.memory import gib, memory_options, too_large, wanted
 from kvprofile.cli.options import complete_model, quiet_option
+from kvprofile.profile.places import shipped
 
 if TYPE_CHECKING:
     from kvprofile.cli.memory import Wanted
@@ -116,6 +117,8 @@ def _advice(model: str, profile: Path | None, fitting: "list[Found]") -> str:
     if best.amount == 1:
         return "The full cache fits: nothing has to be merged."
     flag = f"{FLAGS[best.unit]} {best.amount:.3f}"
+    if profile is None and model in shipped():
+        return f"What it costs is known: a profile of it comes with kvprofile; give --profile {model}"
     if profile is None:
         return f"No profile yet, so nothing is known of its cost: kvprofile calibrate {model} {flag}"
     return (

@@ -127,6 +127,8 @@ def test_a_profile_predicts_what_its_plans_would(tiny_folder, tiny_profile, tmp_
     without = run("fit", tiny_folder, *size).stdout
     assert "No profile yet" in without
     assert "unknown" in without
+    known = run("fit", "gemma3-270m", "--memory", "2GB", "--context", "32k", "--batch", "4").stdout
+    assert "a profile of it comes with kvprofile; give --profile gemma3-270m" in known
 
 
 def test_a_plan_for_a_memory_target_is_what_fit_found(tiny_folder, tiny_profile, tmp_path):
