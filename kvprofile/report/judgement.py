@@ -45,7 +45,9 @@ def judge(profile: Profile, rows: Sequence[Cost] = ()) -> Judgement:
         further = (
             f" Down to {_called(profile, min(smaller))} the damage is predicted to stay {LIMIT}." if smaller else ""
         )
-        return Judgement(f"Worth it{predicted}", f"It saves {rough(saved)} of the bytes, and {paid}.{further}", True)
+        return Judgement(
+            f"Worth it{predicted}", f"It saves {rough(saved)} of {_whole(profile)}, and {paid}.{further}", True
+        )
     if fitting:
         other = min(fitting)
         why = paid if damage > DAMAGE else f"only {rough(saved)} of the bytes are saved"
@@ -57,6 +59,10 @@ def judge(profile: Profile, rows: Sequence[Cost] = ()) -> Judgement:
         )
     price = f"{rough(saved)} of the bytes for {_price(profile, damage)}"
     return Judgement(f"Not worth it: {price}", _hopeless(profile, rows, covered), False)
+
+
+def _whole(profile: Profile) -> str:
+    return "the bytes" if profile.plan.bytes is None else "a 16-bit cache's bytes"
 
 
 def _called(profile: Profile, amount: float) -> str:
@@ -104,9 +110,14 @@ def tokens_changed(profile: Profile) -> float | None:
 
 def _own(profile: Profile, covered: float) -> tuple[float | None, float]:
     """Damage in nats per token, measured or else predicted, and the part of the bytes that is saved."""
+    plan = profile.plan
+    if plan.bytes is None:
+        saved = covered * (1 - plan.asked) if profile.check is None else 1 - profile.check.bytes_ratio
+    else:  # what the check measured may be of a 32-bit cache, of which packed slots are a smaller part than of what is served
+        saved = covered * (1 - (plan.predicted_bytes or plan.bytes))
     if profile.check is None:
-        return profile.plan.predicted_damage, covered * (1 - profile.plan.asked)
-    return measured_damage(own_check(profile).fidelity, profile.plan.objective), 1 - profile.check.bytes_ratio
+        return plan.predicted_damage, saved
+    return measured_damage(own_check(profile).fidelity, plan.objective), saved
 
 
 def _paid(profile: Profile, damage: float) -> str:

@@ -173,7 +173,7 @@ function startSlider(data, show, memory) {
     const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
     byId("answer-kept").textContent = percent(amounts ? mean(flat) : 1 - saved);
     if (amounts) {
-      const bits = (plan.codecs ?? []).flat(2).map((codec) => data.bits.of[codec] ?? data.bits.ends[1]);
+      const bits = [plan.codecs ?? [], plan.windows ?? []].flat(3).map((codec) => data.bits.of[codec] ?? data.bits.ends[1]);
       byId("answer-bits").textContent = `in ${mean(bits.length ? bits : [data.bits.ends[1]]).toFixed(1)} bits a number, in the mean of all heads`;
     }
     byId("answer-heads").textContent =

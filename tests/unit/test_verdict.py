@@ -48,6 +48,18 @@ def test_the_shipped_profiles_are_judged_apart():
     assert "Only 3 of 18 layers are merged, 16% of the bytes at 2,048 tokens" in not_worth.reason
 
 
+def test_a_plan_for_bytes_is_judged_by_what_is_served():
+    smollm = load_profile(PROFILES / "smollm2-135m.json")
+    planned = smollm.replan(bytes=0.25)
+    # Measured in float32, where packed slots are a smaller part of the cache.
+    check = smollm.check.model_copy(update={"bytes_ratio": 0.13})
+    for profile in (planned, planned.model_copy(update={"check": check})):
+        judged = judge(profile, costs(profile, smollm.arrays()))
+        assert judged.word.startswith("Worth it")
+        assert "It saves 75% of a 16-bit cache's bytes, and " in judged.reason
+        assert "Down to 0.15 of the bytes" in judged.reason
+
+
 @pytest.mark.parametrize(
     ("profile", "other", "word"),
     [
